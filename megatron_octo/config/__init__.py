@@ -1,0 +1,1 @@
+"""Typed, frozen settings. Nothing here imports torch or megatron."""

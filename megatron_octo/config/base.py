@@ -1,0 +1,61 @@
+"""What all settings classes share: strict JSON, a fingerprint, and one way to refuse a value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from megatron_octo.errors import BadInput, SettingsError
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings:
+    """Base of every settings class; it adds no field. Unknown keys in JSON are errors."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+
+def require(condition: bool, what: str, *, fix: str) -> None:
+    """Raise SettingsError(`what`, `fix`) unless `condition` holds."""
+    if not condition:
+        raise SettingsError(what, fix=fix)
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """Settings as plain JSON values; `from_dict` is its inverse."""
+    from pydantic import TypeAdapter
+
+    value: dict[str, Any] = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    return value
+
+
+def from_dict(kind: type[S], value: Any, *, origin: str) -> S:
+    """Settings of class `kind` from plain JSON values.
+
+    Raises:
+        BadInput: an unknown key, a wrong type, or values that contradict each other. `origin` (a
+            file name, say) is named in the message.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        lines = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BadInput(f"{origin} holds no valid {kind.__name__}:\n{lines}", fix="correct the named fields") from None
+
+
+def fingerprint(settings: Settings) -> str:
+    """A SHA-256 that changes when any field does."""
+    return hashlib.sha256(json.dumps(to_dict(settings), sort_keys=True).encode()).hexdigest()
+
+
+def read_settings(kind: type[S], path: Path) -> S:
+    """Settings from a JSON file that `to_dict` made."""
+    from megatron_octo.rundir import read_json
+
+    return from_dict(kind, read_json(path), origin=str(path))

@@ -1,0 +1,120 @@
+"""Recipe file -> settings: `path.py:function`, `path.py` with one fitting function, or a run's `config.json`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_octo.config.base import Settings, read_settings
+from megatron_octo.errors import BadInput, OctoError, SettingsError
+
+S = TypeVar("S", bound=Settings)
+
+
+def load_recipe(spec: str, kind: type[S], overrides: Sequence[str] = (), *, command: str = "octo") -> S:
+    """Settings of class `kind` that `spec` names, with command-line `overrides` (`--section.field value`) applied.
+
+    Runs the recipe file, which is the user's own code. A mistyped override ends the process with a
+    message and exit code 2 (tyro's doing).
+
+    Raises:
+        BadInput: no such file or function, or settings that contradict themselves.
+    """
+    file, _, name = spec.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise BadInput(f"no recipe {spec!r}: there is no file {file}", fix=_nearest_file(path))
+    if path.suffix == ".json":
+        settings = read_settings(kind, path)
+    else:
+        settings = _call(_pick(recipe_functions(path), name, kind, spec), spec)
+    return _override(settings, overrides, prog=f"{command} {spec}") if overrides else settings
+
+
+def recipe_functions(path: Path) -> dict[str, Callable[[], Settings]]:
+    """The recipes in a file: its own public functions whose annotated result is a settings class."""
+    module = _import(path)
+    found = {}
+    for name, function in vars(module).items():
+        if name.startswith("_") or not inspect.isfunction(function) or function.__module__ != module.__name__:
+            continue
+        if inspect.signature(function).parameters:
+            continue  # a helper of the recipes beside it
+        result = typing.get_type_hints(function).get("return")
+        if isinstance(result, type) and issubclass(result, Settings):
+            found[name] = function
+    return found
+
+
+def _import(path: Path) -> Any:
+    name = f"octo_recipe_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise BadInput(f"{path} is not a Python file", fix="give a recipe as path.py:function")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # dataclasses and type hints look their module up here
+    try:
+        module_spec.loader.exec_module(module)
+    except OctoError:
+        raise
+    except Exception as error:
+        raise BadInput(f"recipe {path} fails to load: {type(error).__name__}: {error}", fix="correct the file") from error
+    return module
+
+
+def _pick(functions: dict[str, Callable[[], Any]], name: str, kind: type[S], spec: str) -> Callable[[], S]:
+    fitting = {n: f for n, f in functions.items() if issubclass(typing.get_type_hints(f)["return"], kind)}
+    if not name and len(fitting) == 1:
+        return next(iter(fitting.values()))
+    if name in fitting:
+        return fitting[name]
+    listing = ", ".join(sorted(fitting)) or "none"
+    if not name:
+        raise BadInput(
+            f"recipe {spec!r} names no function and {spec} has not exactly one that returns {kind.__name__}",
+            fix=f"say which, as {spec}:NAME; there are: {listing}",
+        )
+    near = difflib.get_close_matches(name, fitting, n=1)
+    if name in functions:
+        result = typing.get_type_hints(functions[name])["return"].__name__
+        raise BadInput(f"recipe {spec!r} is a {result}; this command needs a {kind.__name__}", fix=f"choose among: {listing}")
+    raise BadInput(
+        f"unknown recipe {spec!r}",
+        fix=f"{f'did you mean {near[0]!r}? ' if near else ''}functions that return {kind.__name__}: {listing}",
+    )
+
+
+def _call(function: Callable[[], S], spec: str) -> S:
+    try:
+        return function()
+    except OctoError:
+        raise
+    except Exception as error:
+        raise BadInput(f"recipe {spec!r} fails: {type(error).__name__}: {error}", fix="correct the recipe") from error
+
+
+def _override(settings: S, overrides: Sequence[str], *, prog: str) -> S:
+    import tyro
+
+    # The kind of a union field stays the recipe's; its fields are overridden like any others.
+    try:
+        return tyro.cli(
+            type(settings), default=settings, args=list(overrides), prog=prog, config=(tyro.conf.AvoidSubcommands,)
+        )
+    except ValueError as error:  # a check across sections; tyro reports those inside one section itself
+        if isinstance(error, SettingsError):
+            raise
+        raise BadInput(str(error), fix="correct the option") from error
+
+
+def _nearest_file(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+    if near:
+        return f"did you mean {path.parent / near[0]}?"
+    return "give a recipe as path.py:function, or a run's config.json; `octo recipes list` shows those shipped"

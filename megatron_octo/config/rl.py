@@ -1,0 +1,64 @@
+"""R1-Zero style reinforcement learning of one branch with OpenRLHF."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_octo.config.base import Settings, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RLConfig(Settings):
+    """GRPO on verifiable problems. Defaults are the paper's (section 2.1) unless a field says otherwise."""
+
+    name: str
+    """The run's name, `llama32-3b-decay-long-rl`, say."""
+    model: Path
+    """The Hugging Face folder to start from."""
+    prompts: Path
+    """JSON lines with `input` (the prompt, template applied) and `label` (the answer)."""
+    output: Path
+    """The folder to write: checkpoints, metrics.jsonl, hf/, DONE."""
+    num_steps: int
+    """Rollout steps; each is `updates_per_step` optimizer updates."""
+    prompts_per_step: int = 128
+    """Prompts in a rollout step."""
+    samples_per_prompt: int = 16
+    """Responses to each prompt; their rewards are compared with each other."""
+    updates_per_step: int = 2
+    """Optimizer updates on one step's samples (the paper: 128 prompts / mini-batch 64)."""
+    learning_rate: float = 1e-6
+    """Constant, no warm-up."""
+    clip_low: float = 0.2
+    """Lower PPO clip range."""
+    clip_high: float = 0.2
+    """Upper PPO clip range."""
+    kl_coefficient: float = 0.0
+    """Weight of the KL penalty; 0 runs without a reference model."""
+    temperature: float = 1.0
+    """Sampling temperature of the rollouts."""
+    max_prompt_tokens: int = 400
+    """Longer prompts are refused (OpenRLHF would cut them from the left)."""
+    max_response_tokens: int = 4096
+    """Longest response, tokens."""
+    max_tokens_per_gpu: int = 16_384
+    """Tokens in one packed training pass of a rank; attention over a pack costs its square on a CPU."""
+    zero_stage: int = 3
+    """DeepSpeed ZeRO stage: 2 shares optimizer and gradients, 3 the weights too."""
+    num_gpus: int = 8
+    """Devices of one node that share rollouts and training. A CPU counts one logical device."""
+    save_every_steps: int = 20
+    """Rollout steps between checkpoints."""
+    seed: int = 42
+    """Orders prompts and draws samples."""
+
+    def __post_init__(self) -> None:
+        samples = self.prompts_per_step * self.samples_per_prompt
+        require(
+            samples % self.updates_per_step == 0,
+            f"prompts_per_step {self.prompts_per_step} x samples_per_prompt {self.samples_per_prompt} = {samples} samples "
+            f"do not divide by updates_per_step {self.updates_per_step}",
+            fix="choose updates_per_step among the divisors",
+        )
+        require(self.num_steps > 0, f"num_steps {self.num_steps} is not above 0", fix="give a number of rollout steps")

@@ -1,0 +1,283 @@
+"""One mid-training stage, whole: `MidTrainConfig` is what a recipe function returns and what a run folder keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_octo.config.base import Settings, require
+from megatron_octo.config.data import MixtureConfig
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.schedule import RateConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FromImport(Settings):
+    """Start from weights that `octo convert from-hf` wrote; the optimizer starts fresh."""
+
+    kind: Literal["import"] = "import"
+    path: Path
+    """The converted folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FromRun(Settings):
+    """Start from a save of another run: how a decay branch leaves the stable stage."""
+
+    kind: Literal["run"] = "run"
+    run: str
+    """The parent run's name."""
+    step: int | None = None
+    """The parent's save; None for its last."""
+    optimizer: bool = True
+    """Carry the optimizer's moments over. The paper does not state it; it is natural, since the rate is continuous."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FromScratch(Settings):
+    """Start from random weights drawn from `seed`."""
+
+    kind: Literal["scratch"] = "scratch"
+
+
+StartConfig = FromImport | FromRun | FromScratch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetConfig(Settings):
+    """How many tokens, in steps of how many."""
+
+    train_tokens: int
+    """Tokens of this stage; a whole number of steps."""
+    batch_sequences: int
+    """Sequences in one optimizer step, over all ranks (the paper: 512)."""
+    micro_batch_sequences: int = 1
+    """Sequences in one forward pass of one rank; lower it when memory runs out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig(Settings):
+    """AdamW."""
+
+    beta1: float = 0.9
+    """Decay of the first moment. Not in the paper."""
+    beta2: float = 0.95
+    """Decay of the second moment. Not in the paper."""
+    eps: float = 1e-8
+    """Added to the root of the second moment. Not in the paper."""
+    weight_decay: float = 0.1
+    """The paper's Tables 3 and 4."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm. Not in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig(Settings):
+    """How the model is cut; what is left of the ranks is data parallel."""
+
+    tensor: int = 1
+    """Ranks that share each layer's matrices; divides the heads and KV heads."""
+    sequence: bool = False
+    """Also share the activations outside the matrices, along the sequence; needs tensor > 1."""
+    pipeline: int = 1
+    """Ranks that share the layers."""
+    virtual_pipeline: int | None = None
+    """Model chunks a pipeline rank holds (interleaved schedule); None for one."""
+    context: int = 1
+    """Ranks that share each sequence in attention; needs Transformer Engine."""
+    distributed_optimizer: bool = True
+    """Share the optimizer state among data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the next forward pass runs; needs the two options above."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence is on with parallel.tensor 1",
+            fix="sequence parallelism shares work among tensor-parallel ranks: turn it off or raise parallel.tensor",
+        )
+        require(
+            self.virtual_pipeline is None or self.pipeline > 1,
+            f"parallel.virtual_pipeline {self.virtual_pipeline} with parallel.pipeline 1",
+            fix="interleaving needs pipeline ranks: leave it out or raise parallel.pipeline",
+        )
+        require(
+            not self.overlap_param_gather or (self.overlap_grad_reduce and self.distributed_optimizer),
+            "parallel.overlap_param_gather without overlap_grad_reduce and distributed_optimizer",
+            fix="turn both on, or this off",
+        )
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig(Settings):
+    """Number formats."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Format of weights and activations; the optimizer's copy is fp32 either way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveConfig(Settings):
+    """When to save and what to keep."""
+
+    every_steps: int
+    """Steps between saves; the last step always saves."""
+    keep_last: int = 2
+    """Saves to keep; the last step's save always stays."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps > 0, f"save.every_steps {self.every_steps} is not above 0", fix="give a number of steps")
+        require(self.keep_last > 0, f"save.keep_last {self.keep_last} is not above 0", fix="keep at least one save")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MidTrainConfig(Settings):
+    """One stage of stable-then-decay mid-training."""
+
+    name: str
+    """Name of the run and of its folder under OCTO_RUNS."""
+    model: ModelConfig
+    """What is trained."""
+    start: StartConfig
+    """Where the weights come from."""
+    data: MixtureConfig
+    """What is read."""
+    budget: BudgetConfig
+    """How much of it."""
+    learning_rate: RateConfig
+    """Learning rate over tokens."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW's numbers."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the ranks share the work."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
+    save: SaveConfig
+    """Checkpoints."""
+    log_every_steps: int = 10
+    """Steps between log lines; metrics.jsonl has every step."""
+    seed: int = 1234
+    """Draws random weights and dropout."""
+
+    def __post_init__(self) -> None:
+        batch = self.batch_tokens
+        steps, rest = divmod(self.budget.train_tokens, batch)
+        near = sorted({max(1, steps) * batch, (steps + 1) * batch}, key=lambda t: abs(t - self.budget.train_tokens))
+        require(
+            rest == 0 and steps > 0,
+            f"budget.train_tokens {self.budget.train_tokens:,} is not whole steps of {self.budget.batch_sequences:,} "
+            f"sequences x {self.data.seq_length:,} tokens = {batch:,}",
+            fix=f"the nearest budget that is: {near[0]:,} ({near[0] // batch:,} steps)",
+        )
+        require(
+            self.budget.batch_sequences % self.budget.micro_batch_sequences == 0,
+            f"budget.batch_sequences {self.budget.batch_sequences} does not divide by "
+            f"budget.micro_batch_sequences {self.budget.micro_batch_sequences}",
+            fix="choose a divisor",
+        )
+        require(
+            self.data.seq_length <= self.model.max_positions,
+            f"data.seq_length {self.data.seq_length} is beyond model.max_positions {self.model.max_positions}",
+            fix="shorten the sequence",
+        )
+        _check_layout(self.model, self.parallel)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in one optimizer step."""
+        return self.budget.batch_sequences * self.data.seq_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of this stage."""
+        return self.budget.train_tokens // self.batch_tokens
+
+    def resolve(self, world_size: int) -> TrainPlan:
+        """Check what depends on the number of ranks and do the arithmetic.
+
+        Raises:
+            SettingsError: the ranks do not hold whole copies of the model, or the batch does not divide.
+        """
+        model_ranks = self.parallel.model_ranks
+        require(
+            world_size % model_ranks == 0,
+            f"{world_size} ranks do not hold whole copies of the model: tensor {self.parallel.tensor} x pipeline "
+            f"{self.parallel.pipeline} x context {self.parallel.context} = {model_ranks} ranks a copy",
+            fix=f"start a multiple of {model_ranks} ranks (--ranks), or change the layout (--parallel.*)",
+        )
+        data_ranks = world_size // model_ranks
+        rows = data_ranks * self.budget.micro_batch_sequences
+        require(
+            self.budget.batch_sequences % rows == 0,
+            f"budget.batch_sequences {self.budget.batch_sequences} does not divide by {data_ranks} data-parallel "
+            f"ranks x budget.micro_batch_sequences {self.budget.micro_batch_sequences} = {rows}",
+            fix="change the number of ranks, the micro-batch or the layout",
+        )
+        num_micro_batches = self.budget.batch_sequences // rows
+        require(
+            self.parallel.virtual_pipeline is None or num_micro_batches % self.parallel.pipeline == 0,
+            f"{num_micro_batches} micro-batches a step do not divide by parallel.pipeline {self.parallel.pipeline}, "
+            "which the interleaved schedule needs",
+            fix="change the micro-batch, or leave parallel.virtual_pipeline out",
+        )
+        return TrainPlan(
+            world_size=world_size,
+            data_ranks=data_ranks,
+            num_micro_batches=num_micro_batches,
+            num_steps=self.num_steps,
+            batch_tokens=self.batch_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainPlan(Settings):
+    """What the settings mean on a given number of ranks."""
+
+    world_size: int
+    """Processes in the group."""
+    data_ranks: int
+    """Copies of the model."""
+    num_micro_batches: int
+    """Forward passes of a rank in one step."""
+    num_steps: int
+    """Optimizer steps."""
+    batch_tokens: int
+    """Tokens of one step."""
+
+    def arithmetic(self, config: MidTrainConfig) -> str:
+        """The plan as lines of arithmetic, for the log and plan.txt."""
+        b, p = config.budget, config.parallel
+        return "\n".join(
+            (
+                f"ranks   {self.world_size} = tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} "
+                f"x data {self.data_ranks}",
+                f"batch   {b.batch_sequences:,} sequences x {config.data.seq_length:,} tokens = {self.batch_tokens:,} tokens; "
+                f"= data {self.data_ranks} x micro-batches {self.num_micro_batches} x sequences {b.micro_batch_sequences}",
+                f"budget  {self.num_steps:,} steps x {self.batch_tokens:,} tokens = {b.train_tokens:,} tokens",
+                f"model   {config.model.num_parameters:,} parameters",
+            )
+        )
+
+
+def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    for name, value in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads), ("vocab_size", model.vocab_size)):
+        require(
+            value % parallel.tensor == 0,
+            f"model.{name} {value} does not divide by parallel.tensor {parallel.tensor}",
+            fix="choose a tensor-parallel size that divides it",
+        )
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    require(
+        model.num_layers % chunks == 0,
+        f"model.num_layers {model.num_layers} does not divide by pipeline {parallel.pipeline} x virtual_pipeline "
+        f"{parallel.virtual_pipeline or 1} = {chunks} chunks",
+        fix="choose a layout that divides it",
+    )

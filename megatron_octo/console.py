@@ -1,0 +1,106 @@
+"""All that a user sees: log lines, progress, tables. No other module prints.
+
+Logs and progress go to stderr; machine output (`emit_json`) goes to stdout. In a process group only
+rank 0 speaks, except for warnings and errors, which carry their rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+T = TypeVar("T")
+QUIET_PROGRESS_EVERY_S = 30.0
+
+
+def logger(name: str) -> logging.Logger:
+    """Return the logger of a module; `configure` gives it its handler."""
+    return logging.getLogger(name)
+
+
+def rank() -> int:
+    """This process's rank as torchrun or srun states it, 0 outside of a process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class _RankFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if rank() == 0:
+            return True
+        if record.levelno < logging.WARNING:
+            return False
+        record.msg = f"[rank {rank()} on {socket.gethostname()}] {record.msg}"
+        return True
+
+
+def configure(*, verbose: bool = False) -> None:
+    """Send this package's log lines to stderr, one format everywhere. Called once, by the command line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_RankFilter())
+    octo = logging.getLogger("megatron_octo")
+    octo.handlers[:] = [handler]
+    octo.setLevel(logging.DEBUG if verbose else logging.INFO)
+    octo.propagate = False
+
+
+def emit_json(value: Any) -> None:
+    """Print one JSON document on stdout, for programs."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def emit(text: str) -> None:
+    """Print text that is the answer to the command (a plan, a table) on stdout."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Table(title=title, title_justify="left")
+    for column in columns:
+        out.add_column(column)
+    for row in rows:
+        out.add_row(*(str(cell) for cell in row))
+    Console().print(out)
+
+
+def progress(items: Iterable[T], *, total: int | None, title: str) -> Iterator[T]:
+    """Yield `items` while showing how far they are: a bar on a terminal, a line every 30 s elsewhere."""
+    if sys.stderr.isatty() and rank() == 0:
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, total=total, description=title, console=Console(stderr=True))
+        return
+    log, done, last = logger(__name__), 0, time.monotonic()
+    for item in items:
+        yield item
+        done += 1
+        if time.monotonic() - last >= QUIET_PROGRESS_EVERY_S:
+            share = f" of {total:,} ({100 * done / total:.1f}%)" if total else ""
+            log.info("%s: %s%s", title, f"{done:,}", share)
+            last = time.monotonic()
+
+
+def duration(seconds: float) -> str:
+    """`2d04h`, `3h05m`, `4m10s` or `7.3s`."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s"

@@ -1,0 +1,57 @@
+"""Who descends from whom: base -> stable -> branch -> Hugging Face export -> RL.
+
+Each folder that holds weights holds a `lineage.json` of this shape, its parents' nested inside, so
+the file tells the whole descent even when the parents are gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_octo.rundir import read_json, write_json
+
+FILE = "lineage.json"
+Kind = Literal["base", "import", "train", "export", "rl"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lineage:
+    """One link of the descent."""
+
+    name: str
+    """The run's or the model's name."""
+    kind: Kind
+    """What made it."""
+    weights_sha256: str
+    """Hash of the weight files (`rundir.sha256_folder`); empty while a run has not saved yet."""
+    step: int | None = None
+    """Optimizer step of the save; None where there is none."""
+    tokens: int = 0
+    """Tokens this link itself trained on."""
+    parent: Lineage | None = None
+
+    def chain(self) -> list[Lineage]:
+        """This link and its ancestors, the oldest first."""
+        return [*(self.parent.chain() if self.parent else []), self]
+
+
+def read(folder: Path) -> Lineage:
+    """The lineage of the weights in `folder`."""
+    return _from_dict(read_json(folder / FILE))
+
+
+def read_if_present(folder: Path) -> Lineage | None:
+    """The lineage of the weights in `folder`, None for a folder that was not made by us."""
+    return read(folder) if (folder / FILE).exists() else None
+
+
+def write(folder: Path, lineage: Lineage) -> None:
+    """Write `lineage.json` into `folder`."""
+    write_json(folder / FILE, asdict(lineage))
+
+
+def _from_dict(value: dict[str, Any]) -> Lineage:
+    parent = value.pop("parent", None)
+    return Lineage(**value, parent=_from_dict(parent) if parent else None)

@@ -1,0 +1,208 @@
+"""Names, atomic writes and locks of everything that a stage leaves on disk.
+
+A stage writes a folder. `DONE` in it, written last, says that the folder is whole; a stage whose
+folder has one is skipped. A run folder also holds `config.json`, and a second process, or another
+config, is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.errors import BadInput
+
+DONE = "DONE"
+LOCK = ".lock"
+
+
+def runs_root() -> Path:
+    """The folder that all runs live in: `OCTO_RUNS`, or `runs` in the current folder."""
+    return Path(os.environ.get("OCTO_RUNS", "runs"))
+
+
+def run_folder(name: str) -> Path:
+    """The folder of the run called `name`."""
+    return runs_root() / name
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """The folder of the save after optimizer step `step` of a run."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` in one step: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing or torn one is the user's to mend.
+
+    Raises:
+        BadInput: `path` is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"no such file: {path}", fix="check the path, or run the stage that writes it") from None
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path} is not JSON: {error}", fix="delete it and run the stage that writes it") from None
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the stage that writes `folder` finished."""
+    return (folder / DONE).exists()
+
+
+def mark_done(folder: Path, note: str = "") -> None:
+    """Say that `folder` is whole. Call it last."""
+    write_atomic(folder / DONE, note + "\n" if note else "")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path`, marked DONE, when the block ends without an error.
+
+    What an earlier, interrupted attempt left beside it is removed first. An existing `path` is
+    replaced only at the end, so a failure loses nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        mark_done(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():
+        old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+        path.replace(old)
+        temporary.replace(path)
+        shutil.rmtree(old)
+    else:
+        temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Own `folder` for the block; the operating system lets go when the process dies.
+
+    Raises:
+        BadInput: another process owns it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise BadInput(
+                f"run folder in use: {folder} is owned by {owner}",
+                fix="wait for it or stop it; or give this run another name (--name)",
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def in_use(folder: Path) -> bool:
+    """Whether some process owns `folder`; changes nothing."""
+    path = folder / LOCK
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+def check_config(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a run folder that was made with other settings; changes nothing.
+
+    Raises:
+        BadInput: `folder/config.json` differs from `config`; the message lists the fields.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    differing = list(differences(read_json(path), config))
+    if differing:
+        lines = "\n".join(f"  {name}: {old!r} in the folder, {new!r} asked for" for name, old, new in differing)
+        raise BadInput(
+            f"run folder {folder} was made with other settings:\n{lines}",
+            fix="give this run another name (--name), or the settings of the folder",
+        )
+
+
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """`check_config`, then write `folder/config.json` if it is not there. Hold `lock(folder)` meanwhile."""
+    check_config(folder, config)
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", config)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted name, old value, new value) of each leaf at which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from differences(a, b, f"{prefix}.{index}")
+    elif old != new:
+        yield prefix, old, new
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path, pattern: str) -> str:
+    """One SHA-256 over the names and contents of the files in `folder` that match `pattern`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,221 @@
+"""OctoThinker in miniature: the whole road on two CPU cores, nothing to download.
+
+Task: sums of three or four whole numbers up to 20, worked out in noisy steps. A Llama of 1M parameters
+is mid-trained from random weights on 1.6M tokens at a constant rate, then on three decay branches of
+0.5M tokens; each branch gets 30 steps of GRPO. Sizes, rates and mixtures are our own choice for two
+cores; what they copy from the paper is the shape: one stable checkpoint, three branches, cosine to a
+tenth, R1-Zero. It shows that the road works; it is no evidence about reasoning.
+
+Hardware: 2 cores, 8 GiB. Time and accuracies: docs/benchmarks.md.
+"""
+
+from dataclasses import replace
+
+from megatron_octo.config.data import (
+    MixtureConfig,
+    PrepareConfig,
+    PrepareInput,
+    SourceConfig,
+    SyntheticConfig,
+    TokenizerConfig,
+)
+from megatron_octo.config.evaluate import EvaluateConfig, ScoredModel
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.pipeline import PipelineConfig, RandomBaseConfig
+from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.schedule import ConstantRate, CosineRate
+from megatron_octo.config.train import (
+    BudgetConfig,
+    FromImport,
+    FromRun,
+    MidTrainConfig,
+    PrecisionConfig,
+    SaveConfig,
+)
+from megatron_octo.rundir import run_folder
+
+MINIATURE = run_folder("miniature")
+TEMPLATES = {"web": "text", "short": "question_answer", "long": "long_cot", "chat": "chat"}
+DOCUMENTS = {"web": 30_000, "short": 30_000, "long": 10_000, "chat": 8_000}
+BRANCHES = ("short", "long", "hybrid")
+
+# Shares of each stage's tokens; the paper's Tables 2 and 5 with its kinds of data pooled.
+STABLE_MIX = {"web": 0.60, "short": 0.35, "chat": 0.05}
+DECAY_MIX = {
+    "short": {"web": 0.50, "short": 0.45, "chat": 0.05},
+    "long": {"web": 0.50, "long": 0.45, "chat": 0.05},
+    "hybrid": {"web": 0.50, "short": 0.225, "long": 0.225, "chat": 0.05},
+}
+
+SEQ_LENGTH = 128
+BATCH_SEQUENCES = 8
+PEAK = 2e-3
+MODEL = ModelConfig(
+    hidden_size=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_size=512,
+    vocab_size=384,
+    tied_embeddings=True,
+    rope_theta=10_000.0,
+    max_positions=256,
+)
+MAX_RESPONSE_TOKENS = {"short": 64, "long": 112, "hybrid": 112}
+RL_STEPS = 30
+
+
+def stable() -> MidTrainConfig:
+    """The stable stage: constant rate, mostly web text."""
+    return MidTrainConfig(
+        name="miniature-stable",
+        model=MODEL,
+        start=FromImport(path=MINIATURE / "base-megatron"),
+        data=_mixture(STABLE_MIX),
+        budget=_budget(steps=1560),
+        learning_rate=ConstantRate(peak=PEAK, warmup_tokens=20 * BATCH_SEQUENCES * SEQ_LENGTH),
+        precision=PrecisionConfig(dtype="fp32"),
+        save=SaveConfig(every_steps=390),
+        log_every_steps=50,
+    )
+
+
+def decay_short() -> MidTrainConfig:
+    """The branch of short answers."""
+    return _decay("short")
+
+
+def decay_long() -> MidTrainConfig:
+    """The branch of long answers with <think>."""
+    return _decay("long")
+
+
+def decay_hybrid() -> MidTrainConfig:
+    """The branch of both."""
+    return _decay("hybrid")
+
+
+def rl_short() -> RLConfig:
+    """GRPO on the short branch."""
+    return _rl("short")
+
+
+def rl_long() -> RLConfig:
+    """GRPO on the long branch."""
+    return _rl("long")
+
+
+def rl_hybrid() -> RLConfig:
+    """GRPO on the hybrid branch."""
+    return _rl("hybrid")
+
+
+def pipeline() -> PipelineConfig:
+    """The whole road: corpora, tokenizer, base, stable, three branches, RL, report."""
+    branches = tuple(_decay(branch) for branch in BRANCHES)
+    rl = tuple(_rl(branch) for branch in BRANCHES)
+    return PipelineConfig(
+        name="miniature",
+        corpora=SyntheticConfig(
+            output=MINIATURE / "corpora",
+            documents=tuple(DOCUMENTS.items()),
+            num_rl_problems=RL_STEPS * 8,
+            num_heldout_problems=400,
+        ),
+        tokenizer=TokenizerConfig(
+            inputs=tuple(PrepareInput(input=_corpus(name), template=kind) for name, kind in TEMPLATES.items()),
+            output=MINIATURE / "tokenizer",
+            vocab_size=MODEL.vocab_size,
+        ),
+        base=RandomBaseConfig(model=MODEL, tokenizer=MINIATURE / "tokenizer", output=MINIATURE / "base"),
+        base_folder=MINIATURE / "base",
+        import_folder=MINIATURE / "base-megatron",
+        prepare=tuple(
+            PrepareConfig(
+                name=name,
+                input=_corpus(name),
+                template=kind,
+                tokenizer=MINIATURE / "tokenizer",
+                output=MINIATURE / "data" / name,
+                bos=False,  # RL prompts carry none either, so that both look alike
+            )
+            for name, kind in TEMPLATES.items()
+        ),
+        stable=stable(),
+        branches=branches,
+        evaluate_before=_evaluate(*(_scored(stage.name, _export(stage)) for stage in (stable(), *branches))),
+        rl=rl,
+        evaluate_after=_evaluate(*(_scored(each.name, each.output / "hf") for each in rl)),
+        train_ranks=2,
+    )
+
+
+def _corpus(name: str):
+    return MINIATURE / "corpora" / f"{name}.jsonl"
+
+
+def _mixture(weights: dict[str, float]) -> MixtureConfig:
+    return MixtureConfig(
+        sources=tuple(SourceConfig(name=n, path=MINIATURE / "data" / n, weight=w) for n, w in weights.items()),
+        tokenizer=MINIATURE / "tokenizer",
+        seq_length=SEQ_LENGTH,
+    )
+
+
+def _budget(steps: int) -> BudgetConfig:
+    return BudgetConfig(
+        train_tokens=steps * BATCH_SEQUENCES * SEQ_LENGTH,
+        batch_sequences=BATCH_SEQUENCES,
+        micro_batch_sequences=4,
+    )
+
+
+def _decay(branch: str) -> MidTrainConfig:
+    return replace(
+        stable(),
+        name=f"miniature-decay-{branch}",
+        start=FromRun(run="miniature-stable"),
+        data=_mixture(DECAY_MIX[branch]),
+        budget=_budget(steps=480),
+        learning_rate=CosineRate(peak=PEAK, floor=PEAK / 10),
+        save=SaveConfig(every_steps=240),
+    )
+
+
+def _export(stage: MidTrainConfig):
+    """The Hugging Face folder of a stage's last step."""
+    return run_folder(stage.name) / "hf" / f"step_{stage.num_steps:08d}"
+
+
+def _rl(branch: str) -> RLConfig:
+    parent = _decay(branch)
+    return RLConfig(
+        name=f"miniature-rl-{branch}",
+        model=_export(parent),
+        prompts=MINIATURE / "corpora" / "rl_train.jsonl",
+        output=run_folder(f"miniature-rl-{branch}"),
+        num_steps=RL_STEPS,
+        prompts_per_step=8,
+        learning_rate=1.5e-4,  # 5e-4 lowers greedy accuracy
+        clip_high=0.28,
+        max_prompt_tokens=64,
+        max_response_tokens=MAX_RESPONSE_TOKENS[branch],
+        max_tokens_per_gpu=1024,  # one pack is one square of attention; larger packs are slower on a CPU
+        num_gpus=1,
+        save_every_steps=10,
+    )
+
+
+def _evaluate(*models: ScoredModel) -> EvaluateConfig:
+    return EvaluateConfig(
+        task="heldout",
+        problems=MINIATURE / "corpora" / "heldout.jsonl",
+        models=models,
+        samples_per_problem=4,
+        temperature=1.0,  # what RL trains on; greedy accuracy has no room left
+        max_new_tokens=112,
+    )
+
+
+def _scored(run: str, model) -> ScoredModel:
+    return ScoredModel(model=model, output=run_folder(run) / "scores" / "heldout")
