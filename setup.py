@@ -38,7 +38,7 @@ setup(
     name="megatron_octo",
     version="0.1.0",
     description="Stable-then-decay mid-training on Megatron-Core that makes base language models ready for RL",
-    long_description=(Path(__file__).parent / "README.md").read_text() if (Path(__file__).parent / "README.md").exists() else "",
+    long_description=(Path(__file__).parent / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",

@@ -13,12 +13,11 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-T = TypeVar("T")
 QUIET_PROGRESS_EVERY_S = 30.0
 
 
@@ -76,7 +75,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     Console().print(out)
 
 
-def progress(items: Iterable[T], *, total: int | None, title: str) -> Iterator[T]:
+def progress[T](items: Iterable[T], *, total: int | None, title: str) -> Iterator[T]:
     """Yield `items` while showing how far they are: a bar on a terminal, a line every 30 s elsewhere."""
     if sys.stderr.isatty() and rank() == 0:
         from rich.console import Console
@@ -84,10 +83,9 @@ def progress(items: Iterable[T], *, total: int | None, title: str) -> Iterator[T
 
         yield from track(items, total=total, description=title, console=Console(stderr=True))
         return
-    log, done, last = logger(__name__), 0, time.monotonic()
-    for item in items:
+    log, last = logger(__name__), time.monotonic()
+    for done, item in enumerate(items, 1):
         yield item
-        done += 1
         if time.monotonic() - last >= QUIET_PROGRESS_EVERY_S:
             share = f" of {total:,} ({100 * done / total:.1f}%)" if total else ""
             log.info("%s: %s%s", title, f"{done:,}", share)

@@ -10,6 +10,7 @@ Hardware: 2 cores, 8 GiB. Time and accuracies: docs/benchmarks.md.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_octo.config.data import (
     MixtureConfig,
@@ -17,6 +18,7 @@ from megatron_octo.config.data import (
     PrepareInput,
     SourceConfig,
     SyntheticConfig,
+    Template,
     TokenizerConfig,
 )
 from megatron_octo.config.evaluate import EvaluateConfig, ScoredModel
@@ -35,7 +37,7 @@ from megatron_octo.config.train import (
 from megatron_octo.rundir import run_folder
 
 MINIATURE = run_folder("miniature")
-TEMPLATES = {"web": "text", "short": "question_answer", "long": "long_cot", "chat": "chat"}
+TEMPLATES: dict[str, Template] = {"web": "text", "short": "question_answer", "long": "long_cot", "chat": "chat"}
 DOCUMENTS = {"web": 30_000, "short": 30_000, "long": 10_000, "chat": 8_000}
 BRANCHES = ("short", "long", "hybrid")
 
@@ -150,7 +152,7 @@ def pipeline() -> PipelineConfig:
     )
 
 
-def _corpus(name: str):
+def _corpus(name: str) -> Path:
     return MINIATURE / "corpora" / f"{name}.jsonl"
 
 
@@ -182,7 +184,7 @@ def _decay(branch: str) -> MidTrainConfig:
     )
 
 
-def _export(stage: MidTrainConfig):
+def _export(stage: MidTrainConfig) -> Path:
     """The Hugging Face folder of a stage's last step."""
     return run_folder(stage.name) / "hf" / f"step_{stage.num_steps:08d}"
 
@@ -217,5 +219,5 @@ def _evaluate(*models: ScoredModel) -> EvaluateConfig:
     )
 
 
-def _scored(run: str, model) -> ScoredModel:
+def _scored(run: str, model: Path) -> ScoredModel:
     return ScoredModel(model=model, output=run_folder(run) / "scores" / "heldout")

@@ -32,7 +32,11 @@ def _list(folder: Path, *, as_json: bool) -> None:
     if not folder.is_dir():
         raise BadInput(f"no folder {folder}", fix="give the folder that holds your recipes")
     found = [
-        {"recipe": f"{path}:{name}", "kind": type(function()).__name__, "about": (function.__doc__ or "").split("\n")[0]}
+        {
+            "recipe": f"{path}:{name}",
+            "kind": type(function()).__name__,
+            "about": (function.__doc__ or "").split("\n")[0],
+        }
         for path in sorted(folder.glob("*.py"))
         for name, function in recipe_functions(path).items()
     ]

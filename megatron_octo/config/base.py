@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from megatron_octo.errors import BadInput, SettingsError
-
-S = TypeVar("S", bound="Settings")
 
 
 class Settings:
@@ -33,7 +31,7 @@ def to_dict(settings: Settings) -> dict[str, Any]:
     return value
 
 
-def from_dict(kind: type[S], value: Any, *, origin: str) -> S:
+def from_dict[S: "Settings"](kind: type[S], value: Any, *, origin: str) -> S:
     """Settings of class `kind` from plain JSON values.
 
     Raises:
@@ -54,7 +52,7 @@ def fingerprint(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(to_dict(settings), sort_keys=True).encode()).hexdigest()
 
 
-def read_settings(kind: type[S], path: Path) -> S:
+def read_settings[S: "Settings"](kind: type[S], path: Path) -> S:
     """Settings from a JSON file that `to_dict` made."""
     from megatron_octo.rundir import read_json
 

@@ -9,15 +9,13 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_octo.config.base import Settings, read_settings
 from megatron_octo.errors import BadInput, OctoError, SettingsError
 
-S = TypeVar("S", bound=Settings)
 
-
-def load_recipe(spec: str, kind: type[S], overrides: Sequence[str] = (), *, command: str = "octo") -> S:
+def load_recipe[S: Settings](spec: str, kind: type[S], overrides: Sequence[str] = (), *, command: str = "octo") -> S:
     """Settings of class `kind` that `spec` names, with command-line `overrides` (`--section.field value`) applied.
 
     Runs the recipe file, which is the user's own code. A mistyped override ends the process with a
@@ -40,7 +38,7 @@ def load_recipe(spec: str, kind: type[S], overrides: Sequence[str] = (), *, comm
 def recipe_functions(path: Path) -> dict[str, Callable[[], Settings]]:
     """The recipes in a file: its own public functions whose annotated result is a settings class."""
     module = _import(path)
-    found = {}
+    found: dict[str, Callable[[], Settings]] = {}
     for name, function in vars(module).items():
         if name.startswith("_") or not inspect.isfunction(function) or function.__module__ != module.__name__:
             continue
@@ -64,11 +62,11 @@ def _import(path: Path) -> Any:
     except OctoError:
         raise
     except Exception as error:
-        raise BadInput(f"recipe {path} fails to load: {type(error).__name__}: {error}", fix="correct the file") from error
+        raise BadInput(f"recipe {path} fails to load: {type(error).__name__}: {error}", fix="correct it") from error
     return module
 
 
-def _pick(functions: dict[str, Callable[[], Any]], name: str, kind: type[S], spec: str) -> Callable[[], S]:
+def _pick[S: Settings](functions: dict[str, Callable[[], Any]], name: str, kind: type[S], spec: str) -> Callable[[], S]:
     fitting = {n: f for n, f in functions.items() if issubclass(typing.get_type_hints(f)["return"], kind)}
     if not name and len(fitting) == 1:
         return next(iter(fitting.values()))
@@ -83,14 +81,15 @@ def _pick(functions: dict[str, Callable[[], Any]], name: str, kind: type[S], spe
     near = difflib.get_close_matches(name, fitting, n=1)
     if name in functions:
         result = typing.get_type_hints(functions[name])["return"].__name__
-        raise BadInput(f"recipe {spec!r} is a {result}; this command needs a {kind.__name__}", fix=f"choose among: {listing}")
+        what = f"recipe {spec!r} is a {result}; this command needs a {kind.__name__}"
+        raise BadInput(what, fix=f"choose among: {listing}")
     raise BadInput(
         f"unknown recipe {spec!r}",
         fix=f"{f'did you mean {near[0]!r}? ' if near else ''}functions that return {kind.__name__}: {listing}",
     )
 
 
-def _call(function: Callable[[], S], spec: str) -> S:
+def _call[S: Settings](function: Callable[[], S], spec: str) -> S:
     try:
         return function()
     except OctoError:
@@ -99,7 +98,7 @@ def _call(function: Callable[[], S], spec: str) -> S:
         raise BadInput(f"recipe {spec!r} fails: {type(error).__name__}: {error}", fix="correct the recipe") from error
 
 
-def _override(settings: S, overrides: Sequence[str], *, prog: str) -> S:
+def _override[S: Settings](settings: S, overrides: Sequence[str], *, prog: str) -> S:
     import tyro
 
     # The kind of a union field stays the recipe's; its fields are overridden like any others.

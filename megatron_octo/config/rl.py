@@ -57,8 +57,8 @@ class RLConfig(Settings):
         samples = self.prompts_per_step * self.samples_per_prompt
         require(
             samples % self.updates_per_step == 0,
-            f"prompts_per_step {self.prompts_per_step} x samples_per_prompt {self.samples_per_prompt} = {samples} samples "
-            f"do not divide by updates_per_step {self.updates_per_step}",
+            f"prompts_per_step {self.prompts_per_step} x samples_per_prompt {self.samples_per_prompt} = {samples} "
+            f"samples do not divide by updates_per_step {self.updates_per_step}",
             fix="choose updates_per_step among the divisors",
         )
         require(self.num_steps > 0, f"num_steps {self.num_steps} is not above 0", fix="give a number of rollout steps")

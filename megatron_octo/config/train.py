@@ -134,7 +134,7 @@ class SaveConfig(Settings):
     """Saves to keep; the last step's save always stays."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps > 0, f"save.every_steps {self.every_steps} is not above 0", fix="give a number of steps")
+        require(self.every_steps > 0, f"save.every_steps {self.every_steps} is not above 0", fix="give a number")
         require(self.keep_last > 0, f"save.keep_last {self.keep_last} is not above 0", fix="keep at least one save")
 
 
@@ -254,13 +254,14 @@ class TrainPlan(Settings):
 
     def arithmetic(self, config: MidTrainConfig) -> str:
         """The plan as lines of arithmetic, for the log and plan.txt."""
-        b, p = config.budget, config.parallel
+        b, p, length = config.budget, config.parallel, config.data.seq_length
         return "\n".join(
             (
                 f"ranks   {self.world_size} = tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} "
                 f"x data {self.data_ranks}",
-                f"batch   {b.batch_sequences:,} sequences x {config.data.seq_length:,} tokens = {self.batch_tokens:,} tokens; "
-                f"= data {self.data_ranks} x micro-batches {self.num_micro_batches} x sequences {b.micro_batch_sequences}",
+                f"batch   {b.batch_sequences:,} sequences = data {self.data_ranks} x micro-batches "
+                f"{self.num_micro_batches} x sequences {b.micro_batch_sequences}",
+                f"step    {b.batch_sequences:,} sequences x {length:,} tokens = {self.batch_tokens:,} tokens",
                 f"budget  {self.num_steps:,} steps x {self.batch_tokens:,} tokens = {b.train_tokens:,} tokens",
                 f"model   {config.model.num_parameters:,} parameters",
             )
@@ -268,7 +269,8 @@ class TrainPlan(Settings):
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    for name, value in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads), ("vocab_size", model.vocab_size)):
+    for name in ("num_heads", "num_kv_heads", "vocab_size"):
+        value = getattr(model, name)
         require(
             value % parallel.tensor == 0,
             f"model.{name} {value} does not divide by parallel.tensor {parallel.tensor}",

@@ -1,0 +1,139 @@
+"""`octo pipeline`: the stages in a row, each a process of its own, each skipped once its folder is DONE.
+
+Nothing is decided here but the order; every stage can be run alone with the command that the log shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_octo import console, rundir
+from megatron_octo.config.base import to_dict
+from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.config.train import MidTrainConfig
+from megatron_octo.errors import OctoError
+from megatron_octo.platform.process import octo_command, run, terminate_as_interrupt
+
+log = console.logger(__name__)
+STAGE_LOG = "stages.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One process and the folders it leaves."""
+
+    name: str
+    argv: tuple[str, ...]
+    outputs: tuple[Path, ...]
+
+    @property
+    def done(self) -> bool:
+        """Whether an earlier run finished it."""
+        return bool(self.outputs) and all(map(rundir.is_done, self.outputs))
+
+
+def stages(config: PipelineConfig) -> Iterator[Stage]:
+    """The stages of a pipeline in their order. Their settings are read from the pipeline's folder."""
+    settings = str(_settings_file(config))
+    if config.corpora:
+        yield Stage(name="generate corpora", argv=("data", "generate", settings), outputs=(config.corpora.output,))
+    if config.tokenizer:
+        yield Stage(name="train tokenizer", argv=("data", "tokenizer", settings), outputs=(config.tokenizer.output,))
+    if config.prepare:
+        outputs = tuple(source.output for source in config.prepare)
+        yield Stage(name="prepare data", argv=("data", "prepare", settings), outputs=outputs)
+    if config.base:
+        yield Stage(name="random base", argv=("convert", "random-base", settings), outputs=(config.base.output,))
+    argv = ("convert", "from-hf", str(config.base_folder), str(config.import_folder))
+    yield Stage(name="import base", argv=argv, outputs=(config.import_folder,))
+    for stage in (config.stable, *config.branches):
+        yield from _train_and_export(config, stage)
+    yield _evaluate(config, "before")
+    if config.rl:
+        outputs = tuple(each.output for each in config.rl)
+        yield Stage(name="reinforcement learning", argv=("rl", settings), outputs=outputs)
+    if config.evaluate_after:
+        yield _evaluate(config, "after")
+    yield Stage(name="report", argv=("report", settings), outputs=())
+
+
+def run_pipeline(config: PipelineConfig) -> None:
+    """Run what is not DONE yet; a table of the times at the end.
+
+    Raises:
+        BadInput: the pipeline's folder is in use, or was made with other settings.
+        OctoError: a stage failed; running the pipeline again goes on from there.
+    """
+    folder = rundir.run_folder(config.name)
+    rundir.check_config(folder, to_dict(config))
+    with rundir.lock(folder), terminate_as_interrupt():
+        rundir.claim(folder, to_dict(config))
+        for each in (config.stable, *config.branches):
+            rundir.write_json(_stage_file(config, each), to_dict(each))
+        todo = list(stages(config))
+        for number, stage in enumerate(todo, 1):
+            _run_stage(stage, f"[{number}/{len(todo)}] {stage.name}", folder / STAGE_LOG)
+        _show_times(folder / STAGE_LOG)
+
+
+def _train_and_export(config: PipelineConfig, stage: MidTrainConfig) -> Iterator[Stage]:
+    run_folder = rundir.run_folder(stage.name)
+    settings = str(_stage_file(config, stage))
+    argv = ("train", settings, "--ranks", str(config.train_ranks))
+    yield Stage(name=f"train {stage.name}", argv=argv, outputs=(run_folder,))
+    export = run_folder / "hf" / f"step_{stage.num_steps:08d}"
+    yield Stage(name=f"export {stage.name}", argv=("convert", "to-hf", str(run_folder), str(export)), outputs=(export,))
+
+
+def _evaluate(config: PipelineConfig, when: str) -> Stage:
+    evaluation = config.evaluate_before if when == "before" else config.evaluate_after
+    outputs = tuple(scored.output for scored in evaluation.models) if evaluation else ()
+    argv = ("evaluate", str(_settings_file(config)), "--when", when)
+    return Stage(name=f"evaluate {when} RL", argv=argv, outputs=outputs)
+
+
+def _run_stage(stage: Stage, title: str, stage_log: Path) -> None:
+    if stage.done:
+        log.info("%s: done already", title)
+        return
+    log.info("%s: octo %s", title, " ".join(stage.argv))
+    start = time.monotonic()
+    try:
+        code = run(octo_command(*stage.argv))
+    finally:
+        seconds = time.monotonic() - start
+        _append(stage_log, {"stage": stage.name, "seconds": round(seconds, 2), "skipped": False})
+    if code != 0:
+        raise OctoError(
+            f"stage {stage.name!r} ended with exit code {code}",
+            fix=f"see its message above; run the pipeline again to go on from here; alone: octo {' '.join(stage.argv)}",
+        )
+    log.info("%s: %s", title, console.duration(seconds))
+
+
+def _append(path: Path, value: dict[str, Any]) -> None:
+    with path.open("ab") as file:
+        file.write(orjson.dumps(value) + b"\n")
+
+
+def _show_times(stage_log: Path) -> None:
+    seconds: dict[str, float] = {}
+    for line in stage_log.read_bytes().splitlines():
+        entry = orjson.loads(line)
+        seconds[entry["stage"]] = seconds.get(entry["stage"], 0.0) + entry["seconds"]
+    rows = [(name, console.duration(value)) for name, value in seconds.items()]
+    console.table("time a stage", ("stage", "time"), [*rows, ("all", console.duration(sum(seconds.values())))])
+
+
+def _settings_file(config: PipelineConfig) -> Path:
+    return rundir.run_folder(config.name) / "config.json"
+
+
+def _stage_file(config: PipelineConfig, stage: MidTrainConfig) -> Path:
+    return rundir.run_folder(config.name) / "stages" / f"{stage.name}.json"

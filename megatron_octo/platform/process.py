@@ -1,0 +1,90 @@
+"""Child processes that never outlive their parent: a killed stage leaves no orphan that holds its run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+GRACE_S = 30.0
+
+
+def octo_command(*args: str) -> list[str]:
+    """The command line of another `octo` command, run by this very interpreter."""
+    return [sys.executable, "-m", "megatron_octo", *args]
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This environment with the interpreter's folder first on PATH: its `ninja` and `torchrun` are found by name."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, **(extra or {})}
+
+
+@contextlib.contextmanager
+def tied_child(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    output: IO[Any] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start `argv`; the kernel sends it SIGTERM should this process die, and leaving the block ends it.
+
+    `output` receives stdout and stderr together; None leaves both to the terminal.
+    """
+    parent = os.getpid()
+
+    def tie() -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # the parent died before the line above
+            os._exit(1)
+
+    child = subprocess.Popen(
+        list(argv),
+        env=child_environment(env),
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        preexec_fn=tie,  # noqa: PLW1509 - calls prctl and getppid only, which no lock guards
+    )
+    try:
+        yield child
+    finally:
+        stop(child)
+
+
+def stop(child: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
+    """Ask `child` to end, then make it."""
+    if child.poll() is not None:
+        return
+    child.terminate()
+    try:
+        child.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM raises KeyboardInterrupt, so that children are ended and locks let go."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
+    """Run `argv` to its end and return its exit code (negative: killed by that signal)."""
+    with tied_child(argv, env=env) as child:
+        return child.wait()
