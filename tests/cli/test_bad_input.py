@@ -1,0 +1,152 @@
+"""Each mistake gets one message with what failed, the value and the fix; exit code 2; nothing on disk changes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_octo.rundir import mark_done
+from tests.conftest import REPOSITORY, Octo, snapshot
+
+STABLE = "recipes/miniature.py:stable"
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(octo: Octo, runs: Path, tmp_path: Path) -> Refused:
+    """Run `octo ARGS`; assert that it is refused as bad input ought to be; return the message."""
+
+    def run(*args: object) -> str:
+        before = snapshot(tmp_path)
+        done = octo(*args)
+        message = done.stderr
+        assert done.returncode == 2, (done.returncode, message)
+        assert "Traceback" not in message
+        assert done.stdout == ""
+        assert snapshot(tmp_path) == before
+        return message
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[[str], str]:
+    """Write the miniature's recipes with a changed stable stage; return the recipe's name."""
+
+    def write(change: str) -> str:
+        path = tmp_path / "changed.py"
+        text = (REPOSITORY / "recipes" / "miniature.py").read_text()
+        path.write_text(f"{text}\n\ndef changed() -> MidTrainConfig:\n    {change}\n")
+        return f"{path}:changed"
+
+    return write
+
+
+def test_an_unknown_recipe_file(refused):
+    message = refused("train", "recipes/miniture.py:stable")
+    assert "recipes/miniture.py" in message
+    assert "did you mean recipes/miniature.py" in message
+
+
+def test_an_unknown_recipe_function(refused):
+    message = refused("train", "recipes/miniature.py:stabel")
+    assert "'recipes/miniature.py:stabel'" in message
+    assert "did you mean 'stable'" in message
+
+
+def test_a_recipe_of_another_kind(refused):
+    message = refused("train", "recipes/miniature.py:rl_long")
+    assert "RLConfig" in message
+    assert "stable" in message
+
+
+def test_a_mistyped_option(refused):
+    message = refused("train", STABLE, "--paralel.tensor", "2")
+    assert "--paralel.tensor" in message
+    assert "--parallel.tensor" in message
+
+
+def test_an_option_of_the_wrong_type(refused):
+    message = refused("train", STABLE, "--parallel.tensor", "two")
+    assert "two" in message
+
+
+@pytest.mark.parametrize("command", ["train", "pipeline"])
+def test_weights_that_do_not_sum_to_1(refused, recipe, command):
+    spec = recipe("return replace(stable(), data=_mixture({'web': 0.6, 'short': 0.3}))")
+    if command == "pipeline":
+        spec = spec.replace(":changed", "")  # the file's only pipeline
+        Path(spec).write_text(Path(spec).read_text().replace('"chat": 0.05}', '"chat": 0.06}'))
+    message = refused(command, spec)
+    assert "weights sum to" in message
+    assert "0.9" in message or "1.01" in message
+
+
+def test_a_budget_that_is_not_whole_steps(refused):
+    message = refused("train", STABLE, "--budget.train-tokens", "1000000")
+    assert "1,000,000" in message
+    assert "1,000,448" in message  # 977 steps of 1,024 tokens, the nearest
+
+
+def test_a_layout_that_does_not_divide(refused):
+    message = refused("train", STABLE, "--parallel.tensor", "3")
+    assert "num_heads 4" in message
+
+
+def test_a_missing_data_set(refused, runs):
+    message = refused("train", STABLE)
+    assert str(runs / "miniature" / "data" / "web") in message
+    assert "octo data prepare" in message
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary(refused, prepared):
+    message = refused("train", prepared, "--model.vocab-size", "256")
+    assert "384" in message
+    assert "256" in message
+
+
+def test_a_run_folder_in_use(refused, prepared, runs):
+    folder = runs / "miniature-stable"
+    folder.mkdir(parents=True)
+    (folder / ".lock").write_text("process 4711 on a-node")
+    with (folder / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        message = refused("train", prepared)
+    assert "4711 on a-node" in message
+    assert "in use" in message
+
+
+def test_a_run_folder_with_another_config(refused, prepared, runs, octo):
+    folder = runs / "miniature-stable"
+    folder.mkdir(parents=True)
+    shown = json.loads(octo("recipes", "show", prepared).stdout)
+    (folder / "config.json").write_text(json.dumps({**shown, "seed": 99}))
+    message = refused("train", prepared)
+    assert "seed: 99 in the folder, 1234 asked for" in message
+
+
+def test_a_pipeline_folder_with_another_config(refused, runs, octo):
+    folder = runs / "miniature"
+    folder.mkdir(parents=True)
+    shown = json.loads(octo("recipes", "show", "recipes/miniature.py:pipeline").stdout)
+    (folder / "config.json").write_text(json.dumps({**shown, "train_ranks": 7}))
+    message = refused("pipeline", "recipes/miniature.py")
+    assert "train_ranks: 7 in the folder" in message
+
+
+@pytest.fixture
+def prepared(runs: Path, octo: Octo) -> str:
+    """The miniature's stable recipe with small prepared data and an import folder that looks whole."""
+    overrides = ("--corpora.num-rl-problems", "8", "--corpora.num-heldout-problems", "8")
+    small = [part for i in range(4) for part in (f"--corpora.documents.{i}.1", "300")]
+    for stage in ("generate", "tokenizer", "prepare"):
+        done = octo("data", stage, "recipes/miniature.py", *overrides, *small)
+        assert done.returncode == 0, done.stderr
+    folder = runs / "miniature" / "base-megatron"
+    folder.mkdir()
+    mark_done(folder)
+    return STABLE

@@ -1,0 +1,49 @@
+"""Fixtures that several tiers share. `tests/README.md` says what each tier is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+Octo = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty root folder for runs, in OCTO_RUNS."""
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("OCTO_RUNS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def octo(runs: Path) -> Octo:
+    """Run `octo ARGS` as a user does, in the repository's folder; returns the completed process."""
+
+    def run(*args: object, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "megatron_octo", *map(str, args)],
+            cwd=REPOSITORY,
+            env={**os.environ, "OCTO_RUNS": str(runs), "COLUMNS": "200", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file and folder below `folder` with the hash of its content: equal snapshots, nothing changed."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }

@@ -1,0 +1,109 @@
+"""Settings: strict JSON, refused contradictions, recipes that load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_octo.config.base import Settings, fingerprint, from_dict, to_dict
+from megatron_octo.config.load import load_recipe, recipe_functions
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.config.train import MidTrainConfig, ParallelConfig
+from megatron_octo.errors import BadInput, SettingsError
+from tests.conftest import REPOSITORY
+
+RECIPES = [
+    f"{path}:{name}" for path in sorted((REPOSITORY / "recipes").glob("*.py")) for name in recipe_functions(path)
+]
+MINIATURE = str(REPOSITORY / "recipes" / "miniature.py")
+
+
+@pytest.fixture
+def stable() -> MidTrainConfig:
+    return load_recipe(f"{MINIATURE}:stable", MidTrainConfig)
+
+
+@pytest.mark.parametrize("spec", RECIPES)
+def test_every_shipped_recipe_loads_and_survives_json(spec):
+    settings = load_recipe(spec, Settings)
+    again = from_dict(type(settings), to_dict(settings), origin="a test")
+    assert again == settings
+    assert fingerprint(again) == fingerprint(settings)
+
+
+def test_unknown_keys_and_wrong_types_in_json_are_refused(stable):
+    value = to_dict(stable)
+    with pytest.raises(BadInput, match="sede"):
+        from_dict(MidTrainConfig, {**value, "sede": 1}, origin="a test")
+    with pytest.raises(BadInput, match="seed"):
+        from_dict(MidTrainConfig, {**value, "seed": "many"}, origin="a test")
+
+
+def test_overrides_reach_nested_fields_and_kinds_stay_the_recipes(stable):
+    changed = load_recipe(f"{MINIATURE}:stable", MidTrainConfig, ["--learning-rate.peak", "1e-3", "--seed", "7"])
+    assert changed == replace(stable, learning_rate=replace(stable.learning_rate, peak=1e-3), seed=7)
+
+
+def test_an_override_is_checked_like_the_recipe_itself():
+    with pytest.raises(SystemExit) as end:
+        load_recipe(f"{MINIATURE}:stable", MidTrainConfig, ["--model.num-heads", "5"])
+    assert end.value.code == 2
+
+
+def test_the_plan_divides_the_batch_among_ranks(stable):
+    plan = stable.resolve(world_size=2)
+    assert (plan.data_ranks, plan.num_micro_batches) == (2, 1)
+    assert plan.num_steps * plan.batch_tokens == stable.budget.train_tokens
+    with pytest.raises(SettingsError, match="does not divide by 3 data-parallel"):
+        stable.resolve(world_size=3)
+    with pytest.raises(SettingsError, match="whole copies"):
+        replace(stable, parallel=ParallelConfig(tensor=2)).resolve(world_size=3)
+
+
+def test_interleaving_needs_micro_batches_that_divide_by_the_pipeline(stable):
+    parallel = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    interleaved = replace(stable, parallel=parallel, budget=replace(stable.budget, micro_batch_sequences=8))
+    with pytest.raises(SettingsError, match="1 micro-batches"):
+        interleaved.resolve(world_size=2)
+
+
+def test_a_parameter_count_equals_the_published_one():
+    # Meta's model cards: 1.24B for Llama-3.2-1B.
+    llama32_1b = ModelConfig(
+        hidden_size=2048,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        ffn_size=8192,
+        vocab_size=128_256,
+        tied_embeddings=True,
+        rope_factor=32.0,
+    )
+    assert llama32_1b.num_parameters == 1_235_814_400
+
+
+def test_a_decay_starts_at_the_rate_and_from_the_run_that_stable_is():
+    pipeline = load_recipe(MINIATURE, PipelineConfig)
+    for branch in pipeline.branches:
+        assert branch.learning_rate.peak == pipeline.stable.learning_rate.peak
+        assert branch.learning_rate.floor == pytest.approx(branch.learning_rate.peak / 10)
+        assert branch.start.run == pipeline.stable.name
+
+
+def test_two_stages_of_one_name_are_refused():
+    pipeline = load_recipe(MINIATURE, PipelineConfig)
+    with pytest.raises(SettingsError, match="share a name"):
+        replace(pipeline, branches=(pipeline.stable,))
+
+
+def test_a_recipe_that_fails_is_bad_input_with_its_reason(tmp_path):
+    path = Path(tmp_path / "broken.py")
+    path.write_text("from megatron_octo.config.model import ModelConfig\ndef m() -> ModelConfig:\n    return 1 / 0\n")
+    with pytest.raises(BadInput, match="ZeroDivisionError"):
+        load_recipe(f"{path}:m", ModelConfig)
+    path.write_text("def m(:\n")
+    with pytest.raises(BadInput, match="SyntaxError"):
+        load_recipe(f"{path}:m", ModelConfig)

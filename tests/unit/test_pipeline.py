@@ -1,0 +1,79 @@
+"""The order of the stages, and which are skipped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import orjson
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.config.load import load_recipe
+from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.errors import OctoError
+from megatron_octo.launch import pipeline
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def config(runs) -> PipelineConfig:
+    return load_recipe(str(REPOSITORY / "recipes" / "miniature.py"), PipelineConfig)
+
+
+def test_a_branch_is_trained_after_stable_and_scored_before_rl(config):
+    names = [stage.name for stage in pipeline.stages(config)]
+    order = [
+        "generate corpora",
+        "import base",
+        "train miniature-stable",
+        "train miniature-decay-long",
+        "export miniature-decay-long",
+        "evaluate before RL",
+        "reinforcement learning",
+        "evaluate after RL",
+        "report",
+    ]
+    assert [name for name in names if name in order] == order
+
+
+def test_stages_left_out_of_the_settings_are_not_run(config):
+    bare = replace(config, corpora=None, tokenizer=None, base=None, prepare=(), rl=(), evaluate_after=None, branches=())
+    assert [stage.name for stage in pipeline.stages(bare)] == [
+        "import base",
+        "train miniature-stable",
+        "export miniature-stable",
+        "evaluate before RL",
+        "report",
+    ]
+
+
+@pytest.fixture
+def started(config, monkeypatch) -> list[str]:
+    """Run no process: note which stage would have run, finish its folders, fail at the export of `long`."""
+    todo = {stage.argv: stage for stage in pipeline.stages(config)}
+    names: list[str] = []
+
+    def run(argv):
+        stage = todo[tuple(argv[argv.index("megatron_octo") + 1 :])]
+        names.append(stage.name)
+        if stage.name == "export miniature-decay-long" and names.count(stage.name) == 1:
+            return 1
+        for output in stage.outputs:
+            rundir.mark_done(output)
+        return 0
+
+    monkeypatch.setattr(pipeline, "run", run)
+    return names
+
+
+def test_a_failed_stage_stops_the_row_and_a_rerun_goes_on_from_there(config, started, runs):
+    with pytest.raises(OctoError, match="'export miniature-decay-long' ended with exit code 1"):
+        pipeline.run_pipeline(config)
+    assert started[-1] == "export miniature-decay-long"
+    started.clear()
+    started.append("export miniature-decay-long")
+    pipeline.run_pipeline(config)
+    assert started[1:3] == ["export miniature-decay-long", "train miniature-decay-hybrid"]
+    assert started[-1] == "report"
+    lines = (runs / "miniature" / "stages.jsonl").read_bytes().splitlines()
+    assert {"stage", "seconds"} <= orjson.loads(lines[0]).keys()

@@ -1,0 +1,87 @@
+"""Atomic writes, DONE markers, locks, and settings that may not change under a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.errors import BadInput
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), rundir.new_folder(target) as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with rundir.new_folder(target) as folder:
+        (folder / "file").write_text("whole")
+        assert not target.exists()
+    assert rundir.is_done(target)
+    assert (target / "file").read_text() == "whole"
+
+
+def test_a_failed_second_attempt_keeps_the_first_result(tmp_path):
+    target = tmp_path / "out"
+    with rundir.new_folder(target) as folder:
+        (folder / "file").write_text("first")
+    with pytest.raises(RuntimeError), rundir.new_folder(target):
+        raise RuntimeError
+    assert (target / "file").read_text() == "first"
+
+
+def test_a_new_attempt_clears_what_a_killed_one_left(tmp_path):
+    (tmp_path / ".out.999.tmp").mkdir()
+    with rundir.new_folder(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_atomic_write_leaves_no_temporary_file(tmp_path):
+    rundir.write_json(tmp_path / "a" / "b.json", {"x": 1})
+    assert rundir.read_json(tmp_path / "a" / "b.json") == {"x": 1}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
+
+
+def test_a_lock_refuses_another_process_and_names_the_owner(tmp_path):
+    code = (
+        f"from megatron_octo import rundir\nfrom pathlib import Path\nwith rundir.lock(Path({str(tmp_path)!r})): pass"
+    )
+    with rundir.lock(tmp_path):
+        assert rundir.in_use(tmp_path)
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert other.returncode != 0
+    assert f"process {os.getpid()}" in other.stderr
+    assert not rundir.in_use(tmp_path)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_differing_settings_are_named(tmp_path):
+    rundir.claim(tmp_path, {"a": {"b": 1, "c": [1, 2]}})
+    rundir.claim(tmp_path, {"a": {"b": 1, "c": [1, 2]}})
+    with pytest.raises(BadInput, match=r"a\.c\.1: 2 in the folder, 3 asked for"):
+        rundir.claim(tmp_path, {"a": {"b": 1, "c": [1, 3]}})
+    with pytest.raises(BadInput, match="new"):
+        rundir.claim(tmp_path, {"a": {"b": 1, "c": [1, 2]}, "new": 5})
+
+
+def test_json_that_is_torn_or_missing_is_bad_input(tmp_path):
+    (tmp_path / "torn.json").write_text('{"a": ')
+    with pytest.raises(BadInput, match=r"torn\.json is not JSON"):
+        rundir.read_json(tmp_path / "torn.json")
+    with pytest.raises(BadInput, match="no such file"):
+        rundir.read_json(tmp_path / "none.json")
+
+
+def test_the_hash_of_a_folder_changes_with_any_content_or_name(tmp_path):
+    (tmp_path / "a.bin").write_text("1")
+    first = rundir.sha256_folder(tmp_path, "*.bin")
+    (tmp_path / "a.bin").write_text("2")
+    second = rundir.sha256_folder(tmp_path, "*.bin")
+    (tmp_path / "a.bin").rename(tmp_path / "b.bin")
+    third = rundir.sha256_folder(tmp_path, "*.bin")
+    assert len({first, second, third}) == 3
