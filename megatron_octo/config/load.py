@@ -1,4 +1,7 @@
-"""Recipe file -> settings: `path.py:function`, `path.py` with one fitting function, or a run's `config.json`."""
+"""Recipe file -> settings: `path.py:function`, or `path.py` alone, or a run's `config.json`.
+
+`path.py` alone is its one function that fits the command, else the one called `pipeline`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from typing import Any
 
 from megatron_octo.config.base import Settings, read_settings
 from megatron_octo.errors import BadInput, OctoError, SettingsError
+
+WHOLE = "pipeline"
 
 
 def load_recipe[S: Settings](spec: str, kind: type[S], overrides: Sequence[str] = (), *, command: str = "octo") -> S:
@@ -70,8 +75,8 @@ def _pick[S: Settings](functions: dict[str, Callable[[], Any]], name: str, kind:
     fitting = {n: f for n, f in functions.items() if issubclass(typing.get_type_hints(f)["return"], kind)}
     if not name and len(fitting) == 1:
         return next(iter(fitting.values()))
-    if name in fitting:
-        return fitting[name]
+    if (name or WHOLE) in fitting:
+        return fitting[name or WHOLE]
     listing = ", ".join(sorted(fitting)) or "none"
     if not name:
         raise BadInput(

@@ -58,8 +58,9 @@ def test_a_mistyped_command_names_the_nearest(octo):
 
 
 def test_recipes_are_listed_and_shown(octo):
-    listed = json.loads(octo("recipes", "list", "--json").stdout)
-    assert {"recipe": "recipes/miniature.py:pipeline", "kind": "PipelineConfig"}.items() <= listed[-1].items()
+    rows = json.loads(octo("recipes", "list", "--json").stdout)
+    listed = {row["recipe"].split(":")[1]: row for row in rows}
+    assert {"recipe": "recipes/miniature.py:pipeline", "kind": "PipelineConfig"}.items() <= listed["pipeline"].items()
     shown = json.loads(octo("recipes", "show", "recipes/miniature.py:decay_long").stdout)
     assert shown["name"] == "miniature-decay-long"
 
