@@ -17,12 +17,12 @@ CORE = [
     "tokenizers>=0.22",
     "transformers>=5.15,<6",
     "math-verify>=0.9",
+    "psutil>=6",  # megatron-core's checkpoint writer also needs it, dies without it and does not say so
     "tensorboard>=2.18",
     "plotly>=6",
 ]
 EXTRAS = {
-    # psutil: megatron-core's checkpoint writer dies without it and does not say so
-    "train": ["torch>=2.11", "megatron-core==0.19.2", "psutil>=6"],
+    "train": ["torch>=2.11", "megatron-core==0.19.2"],
     # its torch part is a source distribution: build with --no-build-isolation against the installed torch
     "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2", "flash-attn==2.8.3"],
     "rl": ["openrlhf==0.11.2", "ray==2.55.0", "deepspeed==0.19.6"],

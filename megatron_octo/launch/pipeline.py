@@ -18,7 +18,7 @@ from megatron_octo.config.base import to_dict
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import OctoError
-from megatron_octo.platform.process import octo_command, run, terminate_as_interrupt
+from megatron_octo.platform.process import octo_command, run_and_watch, terminate_as_interrupt
 
 log = console.logger(__name__)
 STAGE_LOG = "stages.jsonl"
@@ -103,12 +103,12 @@ def _run_stage(stage: Stage, title: str, stage_log: Path) -> None:
         log.info("%s: done already", title)
         return
     log.info("%s: octo %s", title, " ".join(stage.argv))
-    start = time.monotonic()
+    start, peak_gib = time.monotonic(), 0.0
     try:
-        code = run(octo_command(*stage.argv))
+        code, peak_gib = run_and_watch(octo_command(*stage.argv))
     finally:
         seconds = time.monotonic() - start
-        _append(stage_log, {"stage": stage.name, "seconds": round(seconds, 2), "skipped": False})
+        _append(stage_log, {"stage": stage.name, "seconds": round(seconds, 2), "peak_gib": round(peak_gib, 2)})
     if code != 0:
         raise OctoError(
             f"stage {stage.name!r} ended with exit code {code}",
@@ -122,13 +122,21 @@ def _append(path: Path, value: dict[str, Any]) -> None:
         file.write(orjson.dumps(value) + b"\n")
 
 
-def _show_times(stage_log: Path) -> None:
-    seconds: dict[str, float] = {}
+def stage_times(stage_log: Path) -> dict[str, tuple[float, float]]:
+    """{stage: (seconds over all attempts, peak memory in GiB)} in the order in which the stages ran."""
+    times: dict[str, tuple[float, float]] = {}
     for line in stage_log.read_bytes().splitlines():
         entry = orjson.loads(line)
-        seconds[entry["stage"]] = seconds.get(entry["stage"], 0.0) + entry["seconds"]
-    rows = [(name, console.duration(value)) for name, value in seconds.items()]
-    console.table("time a stage", ("stage", "time"), [*rows, ("all", console.duration(sum(seconds.values())))])
+        seconds, peak_gib = times.get(entry["stage"], (0.0, 0.0))
+        times[entry["stage"]] = (seconds + entry["seconds"], max(peak_gib, entry["peak_gib"]))
+    return times
+
+
+def _show_times(stage_log: Path) -> None:
+    times = stage_times(stage_log)
+    rows = [(name, console.duration(seconds), f"{peak:.1f} GiB") for name, (seconds, peak) in times.items()]
+    whole = ("all", console.duration(sum(s for s, _ in times.values())), f"{max(p for _, p in times.values()):.1f} GiB")
+    console.table("time and memory a stage", ("stage", "time", "peak memory"), [*rows, whole])
 
 
 def _settings_file(config: PipelineConfig) -> Path:

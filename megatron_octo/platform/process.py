@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 30.0
+SAMPLE_MEMORY_EVERY_S = 1.0
+GIB = 1024**3
 
 
 def octo_command(*args: str) -> list[str]:
@@ -88,3 +91,36 @@ def run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
     """Run `argv` to its end and return its exit code (negative: killed by that signal)."""
     with tied_child(argv, env=env) as child:
         return child.wait()
+
+
+def run_and_watch(argv: Sequence[str]) -> tuple[int, float]:
+    """Run `argv` to its end; return its exit code and the peak memory of it and its descendants, GiB.
+
+    Memory is the sum of the proportional set sizes: a page that processes share counts once.
+    """
+    peak, over = [0.0], threading.Event()
+
+    def watch(pid: int) -> None:
+        while not over.wait(SAMPLE_MEMORY_EVERY_S):
+            peak[0] = max(peak[0], family_memory_gib(pid))
+
+    with tied_child(argv) as child:
+        watcher = threading.Thread(target=watch, args=(child.pid,), daemon=True)
+        watcher.start()
+        try:
+            return child.wait(), peak[0]
+        finally:
+            over.set()
+
+
+def family_memory_gib(pid: int) -> float:
+    """Memory of process `pid` and its descendants now, GiB; what has just ended counts nothing."""
+    import psutil
+
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+    return total / GIB

@@ -57,12 +57,12 @@ def started(config, monkeypatch) -> list[str]:
         stage = todo[tuple(argv[argv.index("megatron_octo") + 1 :])]
         names.append(stage.name)
         if stage.name == "export miniature-decay-long" and names.count(stage.name) == 1:
-            return 1
+            return 1, 0.5
         for output in stage.outputs:
             rundir.mark_done(output)
-        return 0
+        return 0, 0.5
 
-    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(pipeline, "run_and_watch", run)
     return names
 
 
@@ -76,4 +76,4 @@ def test_a_failed_stage_stops_the_row_and_a_rerun_goes_on_from_there(config, sta
     assert started[1:3] == ["export miniature-decay-long", "train miniature-decay-hybrid"]
     assert started[-1] == "report"
     lines = (runs / "miniature" / "stages.jsonl").read_bytes().splitlines()
-    assert {"stage", "seconds"} <= orjson.loads(lines[0]).keys()
+    assert {"stage", "seconds", "peak_gib"} <= orjson.loads(lines[0]).keys()

@@ -34,3 +34,14 @@ def test_the_exit_code_is_the_childs():
     from megatron_octo.platform.process import run
 
     assert run([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+
+
+def test_memory_of_a_whole_family_is_watched():
+    from megatron_octo.platform.process import run_and_watch
+
+    grandchild = "import time; b = bytearray(300 << 20); time.sleep(2.5)"
+    code, peak_gib = run_and_watch(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"]
+    )
+    assert code == 0
+    assert 0.29 < peak_gib < 0.6
