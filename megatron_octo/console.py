@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ def configure(*, verbose: bool = False) -> None:
     octo.handlers[:] = [handler]
     octo.setLevel(logging.DEBUG if verbose else logging.INFO)
     octo.propagate = False
+    if not verbose:  # what torch, megatron and transformers say of each other's age is not the user's to mend
+        warnings.filterwarnings("ignore")
 
 
 def emit_json(value: Any) -> None:

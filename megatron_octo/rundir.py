@@ -121,12 +121,7 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise BadInput(
-                f"run folder in use: {folder} is owned by {owner}",
-                fix="wait for it or stop it; or give this run another name (--name)",
-            ) from None
+            raise _owned(folder) from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -148,8 +143,34 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def check_config(folder: Path, config: dict[str, Any]) -> None:
+def check_free(folder: Path) -> None:
+    """Refuse a folder that some process owns; changes nothing. `lock` refuses it too, but first makes the folder.
+
+    Raises:
+        BadInput: a process owns `folder`.
+    """
+    if in_use(folder):
+        raise _owned(folder)
+
+
+def _owned(folder: Path) -> BadInput:
+    owner = (folder / LOCK).read_text().strip() or "another process"
+    return BadInput(
+        f"run folder in use: {folder} is owned by {owner}",
+        fix="wait for it or stop it; or give this run another name (--name)",
+    )
+
+
+def check_config(
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    fix: str = "give this run another name (--name), or the settings of the folder",
+    may_differ: tuple[str, ...] = (),
+) -> None:
     """Refuse a run folder that was made with other settings; changes nothing.
+
+    `may_differ` names fields, or whole sections, that a rerun may change.
 
     Raises:
         BadInput: `folder/config.json` differs from `config`; the message lists the fields.
@@ -157,13 +178,34 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     path = folder / "config.json"
     if not path.exists():
         return
-    differing = list(differences(read_json(path), config))
+    differing = [
+        each
+        for each in differences(read_json(path), config)
+        if not any(each[0] == name or each[0].startswith(f"{name}.") for name in may_differ)
+    ]
     if differing:
         lines = "\n".join(f"  {name}: {old!r} in the folder, {new!r} asked for" for name, old, new in differing)
         raise BadInput(
             f"run folder {folder} was made with other settings:\n{lines}",
-            fix="give this run another name (--name), or the settings of the folder",
+            fix=fix,
         )
+
+
+def is_written(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the stage that writes `folder` in one go (`new_folder`) did so with these settings; changes nothing.
+
+    Raises:
+        BadInput: `folder` was made with other settings, or holds files of something else.
+    """
+    check_config(folder, config, fix="choose another output folder, or delete this one")
+    if is_done(folder):
+        return True
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(
+            f"output {folder} exists and no finished stage wrote it",
+            fix="choose another output folder, or delete this one",
+        )
+    return False
 
 
 def claim(folder: Path, config: dict[str, Any]) -> None:

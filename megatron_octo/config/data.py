@@ -10,6 +10,9 @@ from megatron_octo.config.base import Settings, require
 
 Template = Literal["text", "question_answer", "long_cot", "chat"]
 WEIGHT_SUM_TOLERANCE = 1e-9
+CORPORA = ("web", "short", "long", "chat")
+MOST_HELDOUT_PROBLEMS = 5_000
+MOST_RL_PROBLEMS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +91,25 @@ class SyntheticConfig(Settings):
     num_rl_problems: int = 640
     """Distinct problems for reinforcement learning."""
     num_heldout_problems: int = 300
-    """Distinct problems that occur in no corpus and in no RL prompt."""
+    """Distinct problems that occur in no corpus and in no RL prompt, in no order of their numbers."""
     shuffle_answers: bool = False
     """Give each question the working and the answer of another: the control that can learn form only."""
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.documents]
+        require(
+            set(names) <= set(CORPORA) and len(set(names)) == len(names),
+            f"documents name the corpora {', '.join(names)}",
+            fix=f"name each at most once, among: {', '.join(CORPORA)}",
+        )
+        for name, count in self.documents:
+            require(count > 0, f"documents: {count} of {name}", fix="ask for at least one, or leave the corpus out")
+        for field, most in (("num_rl_problems", MOST_RL_PROBLEMS), ("num_heldout_problems", MOST_HELDOUT_PROBLEMS)):
+            require(
+                0 < getattr(self, field) <= most,
+                f"{field} {getattr(self, field):,} is not in 1..{most:,}",
+                fix="choose a number in that range; there are not many more distinct problems",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

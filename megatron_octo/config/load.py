@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 import inspect
@@ -16,12 +17,17 @@ from typing import Any
 
 from megatron_octo.config.base import Settings, read_settings
 from megatron_octo.errors import BadInput, OctoError, SettingsError
+from megatron_octo.rundir import read_json
 
 WHOLE = "pipeline"
 
 
-def load_recipe[S: Settings](spec: str, kind: type[S], overrides: Sequence[str] = (), *, command: str = "octo") -> S:
-    """Settings of class `kind` that `spec` names, with command-line `overrides` (`--section.field value`) applied.
+def load_recipe[S: Settings](
+    spec: str, kind: type[S] | tuple[type[S], ...], overrides: Sequence[str] = (), *, command: str = "octo"
+) -> S:
+    """Settings of class `kind`, or of one of several, that `spec` names, with `overrides` applied.
+
+    An override is `--section.field value`, as on the command line.
 
     Runs the recipe file, which is the user's own code. A mistyped override ends the process with a
     message and exit code 2 (tyro's doing).
@@ -29,14 +35,15 @@ def load_recipe[S: Settings](spec: str, kind: type[S], overrides: Sequence[str] 
     Raises:
         BadInput: no such file or function, or settings that contradict themselves.
     """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
     file, _, name = spec.partition(":")
     path = Path(file)
     if not path.is_file():
         raise BadInput(f"no recipe {spec!r}: there is no file {file}", fix=_nearest_file(path))
     if path.suffix == ".json":
-        settings = read_settings(kind, path)
+        settings = read_settings(_kind_of_json(path, kinds), path)
     else:
-        settings = _call(_pick(recipe_functions(path), name, kind, spec), spec)
+        settings = _call(_pick(recipe_functions(path), name, kinds, spec), spec)
     return _override(settings, overrides, prog=f"{command} {spec}") if overrides else settings
 
 
@@ -71,26 +78,35 @@ def _import(path: Path) -> Any:
     return module
 
 
-def _pick[S: Settings](functions: dict[str, Callable[[], Any]], name: str, kind: type[S], spec: str) -> Callable[[], S]:
-    fitting = {n: f for n, f in functions.items() if issubclass(typing.get_type_hints(f)["return"], kind)}
+def _kind_of_json[S: Settings](path: Path, kinds: tuple[type[S], ...]) -> type[S]:
+    """The class that shares the most field names with the file."""
+    value = read_json(path) if len(kinds) > 1 else {}
+    keys = set(value) if isinstance(value, dict) else set()
+    return max(kinds, key=lambda kind: len(keys & {field.name for field in dataclasses.fields(kind)}))  # type: ignore[arg-type]
+
+
+def _pick[S: Settings](
+    functions: dict[str, Callable[[], Any]], name: str, kinds: tuple[type[S], ...], spec: str
+) -> Callable[[], S]:
+    fitting = {n: f for n, f in functions.items() if issubclass(typing.get_type_hints(f)["return"], kinds)}
     if not name and len(fitting) == 1:
         return next(iter(fitting.values()))
     if (name or WHOLE) in fitting:
         return fitting[name or WHOLE]
-    listing = ", ".join(sorted(fitting)) or "none"
+    listing, wanted = ", ".join(sorted(fitting)) or "none", " or ".join(kind.__name__ for kind in kinds)
     if not name:
         raise BadInput(
-            f"recipe {spec!r} names no function and {spec} has not exactly one that returns {kind.__name__}",
+            f"recipe {spec!r} names no function and {spec} has not exactly one that returns {wanted}",
             fix=f"say which, as {spec}:NAME; there are: {listing}",
         )
     near = difflib.get_close_matches(name, fitting, n=1)
     if name in functions:
         result = typing.get_type_hints(functions[name])["return"].__name__
-        what = f"recipe {spec!r} is a {result}; this command needs a {kind.__name__}"
+        what = f"recipe {spec!r} is a {result}; this command needs a {wanted}"
         raise BadInput(what, fix=f"choose among: {listing}")
     raise BadInput(
         f"unknown recipe {spec!r}",
-        fix=f"{f'did you mean {near[0]!r}? ' if near else ''}functions that return {kind.__name__}: {listing}",
+        fix=f"{f'did you mean {near[0]!r}? ' if near else ''}functions that return {wanted}: {listing}",
     )
 
 

@@ -77,7 +77,7 @@ def test_an_option_of_the_wrong_type(refused):
 
 @pytest.mark.parametrize("command", ["train", "pipeline"])
 def test_weights_that_do_not_sum_to_1(refused, recipe, command):
-    spec = recipe("return replace(stable(), data=_mixture({'web': 0.6, 'short': 0.3}))")
+    spec = recipe("return replace(stable(), data=_mixture(run_folder(NAME), {'web': 0.6, 'short': 0.3}))")
     if command == "pipeline":
         spec = spec.replace(":changed", "")  # the file's only pipeline
         Path(spec).write_text(Path(spec).read_text().replace('"chat": 0.05}', '"chat": 0.06}'))
@@ -126,7 +126,7 @@ def test_a_run_folder_with_another_config(refused, prepared, runs, octo):
     shown = json.loads(octo("recipes", "show", prepared).stdout)
     (folder / "config.json").write_text(json.dumps({**shown, "seed": 99}))
     message = refused("train", prepared)
-    assert "seed: 99 in the folder, 1234 asked for" in message
+    assert "seed: 99 in the folder, 0 asked for" in message
 
 
 def test_a_pipeline_folder_with_another_config(refused, runs, octo):
@@ -142,7 +142,7 @@ def test_a_pipeline_folder_with_another_config(refused, runs, octo):
 def prepared(runs: Path, octo: Octo) -> str:
     """The miniature's stable recipe with small prepared data and an import folder that looks whole."""
     overrides = ("--corpora.num-rl-problems", "8", "--corpora.num-heldout-problems", "8")
-    small = [part for i in range(4) for part in (f"--corpora.documents.{i}.1", "300")]
+    small = ["--corpora.documents", *(part for name in ("web", "short", "long", "chat") for part in (name, "300"))]
     for stage in ("generate", "tokenizer", "prepare"):
         done = octo("data", stage, "recipes/miniature.py", *overrides, *small)
         assert done.returncode == 0, done.stderr

@@ -1,0 +1,91 @@
+"""Megatron-Core's IndexedDataset on disk, PREFIX.bin and PREFIX.idx, without loading torch.
+
+The bytes are those of `megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder` with one sequence
+a document. Training reads them with Megatron's own IndexedDataset.
+
+    .bin  token ids, one document after the other
+    .idx  magic, version, dtype code, counts; int32 lengths; int64 byte offsets; int64 document bounds
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_octo.errors import BadInput
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
+VERSION = 1
+CODES = {"int32": 4, "uint16": 8}
+FIRST_INT32_VOCAB = 65_500  # DType.optimal_dtype's border
+
+TokenType = Literal["uint16", "int32"]
+
+
+def token_type(vocab_size: int) -> TokenType:
+    """The number format of ids below `vocab_size`, as Megatron chooses it."""
+    return "uint16" if vocab_size < FIRST_INT32_VOCAB else "int32"
+
+
+class IndexedWriter:
+    """Writes one shard; use it as a context. The index is written when the block ends without an error."""
+
+    def __init__(self, prefix: Path, dtype: TokenType) -> None:
+        self._prefix, self._dtype = prefix, np.dtype(dtype)
+        self._lengths = array("i")
+        self._bin = prefix.with_name(f"{prefix.name}.bin").open("wb")
+        self.tokens = 0
+
+    @property
+    def documents(self) -> int:
+        """Documents written so far."""
+        return len(self._lengths)
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append one document."""
+        self._bin.write(np.array(ids, dtype=self._dtype).tobytes())
+        self._lengths.append(len(ids))
+        self.tokens += len(ids)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bin.close()
+        if kind is None:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
+        offsets = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
+        bounds = np.arange(len(lengths) + 1, dtype=np.int64)
+        header = HEADER.pack(MAGIC, VERSION, CODES[self._dtype.name], len(lengths), len(bounds))
+        parts = (header, lengths.tobytes(), offsets.tobytes(), bounds.tobytes())
+        self._prefix.with_name(f"{self._prefix.name}.idx").write_bytes(b"".join(parts))
+
+
+def read_documents(prefix: Path, count: int) -> list[list[int]]:
+    """The ids of a shard's first `count` documents.
+
+    Raises:
+        BadInput: the index is not one of these.
+    """
+    index = prefix.with_name(f"{prefix.name}.idx")
+    with index.open("rb") as file:
+        head = file.read(HEADER.size)
+        if len(head) < HEADER.size or not head.startswith(MAGIC):
+            raise BadInput(f"{index} is no index of Megatron's", fix="prepare the source again")
+        _, _, code, num_documents, _ = HEADER.unpack(head)
+        lengths = np.fromfile(file, dtype=np.int32, count=min(count, num_documents))
+    dtype: Any = {code: name for name, code in CODES.items()}[code]
+    ids = np.fromfile(prefix.with_name(f"{prefix.name}.bin"), dtype=dtype, count=int(lengths.sum()))
+    ends = np.cumsum(lengths)
+    return [ids[end - length : end].tolist() for length, end in zip(lengths, ends, strict=True)]

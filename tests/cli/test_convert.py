@@ -1,0 +1,143 @@
+"""`octo convert`: each of its commands, their defaults, dry runs and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.cli import app
+from megatron_octo.config.base import to_dict
+from megatron_octo.config.load import load_recipe
+from megatron_octo.config.pipeline import PipelineConfig
+from tests.conftest import REPOSITORY, Octo, snapshot
+
+RECIPE = f"{REPOSITORY / 'recipes/miniature.py'}:pipeline"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def convert(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `octo convert ARGS` in this process; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the command sets it; this undoes that
+
+    def run(*args: object) -> tuple[int, str, str]:
+        code = app.main(["convert", *map(str, args)])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def miniature(runs: Path) -> Path:
+    """The miniature's folder, with a tokenizer in it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = runs / "miniature"
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder / "tokenizer"
+    )
+    return folder
+
+
+@pytest.fixture
+def run_folder(convert: Run, miniature: Path) -> Path:
+    """The miniature's random base, imported, as the save of a run after step 5."""
+    assert convert("random-base", RECIPE)[0] == 0
+    save = rundir.step_folder(miniature.parent / "stage", 5)
+    assert convert("from-hf", miniature / "base", save)[0] == 0
+    rundir.write_json(save / "config.json", {"data": {"tokenizer": str(miniature / "tokenizer")}})
+    return miniature.parent / "stage"
+
+
+@pytest.mark.parametrize("command", ["from-hf", "to-hf", "verify", "random-base"])
+def test_each_command_has_help(convert: Run, command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        convert(command, "--help")
+    assert left.value.code == 0
+    assert "--dry-run" in capfd.readouterr().out
+
+
+@pytest.mark.timeout(300)
+def test_the_last_save_of_a_run_is_exported_and_verified(octo: Octo, run_folder: Path) -> None:
+    done = octo("convert", "to-hf", run_folder, "--json", timeout_s=280)
+    assert done.returncode == 0, done.stderr
+    said, out = json.loads(done.stdout), run_folder / "hf/step_00000005"
+    assert (said["output"], said["dtype"], said["num_parameters"]) == (str(out), "bf16", 1_033_344)
+    assert "tensors bit-identical" in done.stderr
+    assert rundir.is_done(out) and rundir.read_json(out / "verify.json")["num_positions"] >= 1000
+    assert (out / "tokenizer.json").read_bytes() == (
+        run_folder.parent / "miniature/tokenizer/tokenizer.json"
+    ).read_bytes()
+
+
+def test_an_unverified_export_holds_no_report(convert: Run, run_folder: Path, tmp_path: Path) -> None:
+    code, out, _ = convert("to-hf", run_folder, tmp_path / "out", "--dtype", "fp32", "--skip-verify")
+    assert (code, out) == (0, f"{tmp_path / 'out'}\n")
+    assert rundir.is_done(tmp_path / "out") and not (tmp_path / "out/verify.json").exists()
+
+
+def test_a_random_base_comes_from_json_too(convert: Run, miniature: Path, tmp_path: Path) -> None:
+    base = load_recipe(RECIPE, PipelineConfig).base
+    assert base is not None
+    rundir.write_json(tmp_path / "base.json", to_dict(base))
+    assert convert("random-base", tmp_path / "base.json")[0] == 0
+    assert rundir.is_done(miniature / "base")
+
+
+def test_dry_runs_write_nothing(convert: Run, run_folder: Path, miniature: Path) -> None:
+    runs = miniature.parent
+    before = snapshot(runs)
+    for args in (
+        ("from-hf", miniature / "base", runs / "new"),
+        ("to-hf", run_folder),
+        ("verify", run_folder, miniature / "base"),
+        ("random-base", RECIPE),
+    ):
+        code, out, _ = convert(*args, "--dry-run")
+        assert (code, out.splitlines()[0]) == (0, f"would run {args[0]}:")
+        code, out, _ = convert(*args, "--dry-run", "--json")
+        assert (code, json.loads(out)["dry_run"]) == (0, True)
+    assert snapshot(runs) == before
+
+
+def test_bad_input_is_told_and_changes_nothing(convert: Run, run_folder: Path, miniature: Path) -> None:
+    runs = miniature.parent
+    save, base = rundir.step_folder(run_folder, 5), miniature / "base"
+    foreign = Path(shutil.copytree(base, runs / "foreign"))
+    config = rundir.read_json(foreign / "config.json")
+    rundir.write_json(foreign / "config.json", {**config, "model_type": "llama4"})
+    (runs / "notes").mkdir()
+    (runs / "notes/a.txt").write_text("kept")
+    before = snapshot(runs)
+    cases = {
+        ("from-hf", runs / "absent", runs / "out"): "no such file",
+        ("from-hf", foreign, runs / "out"): "model_type 'llama4' is not supported\n  fix: did you mean 'llama'?",
+        ("from-hf", base, runs / "notes"): "holds something else",
+        ("from-hf", base, runs / "notes", "--overwrite"): "holds something else",
+        ("to-hf", runs / "absent"): "no folder",
+        ("to-hf", base, runs / "out"): "no whole save",
+        ("to-hf", save, runs / "out", "--tokenizer", runs / "notes"): "no tokenizer",
+        ("to-hf", save, run_folder): "holds something else",
+        ("verify", save, runs / "notes"): "no *.safetensors",
+        ("random-base", f"{RECIPE[:-8]}stable"): "describes no random base",
+    }
+    for args, told in cases.items():
+        code, _, err = convert(*args)
+        assert code == 2, (args, err)
+        assert told in err and "fix:" in err
+    assert snapshot(runs) == before
+
+
+def test_an_import_outside_of_a_run_needs_to_be_told_where_to(convert: Run, run_folder: Path, tmp_path: Path) -> None:
+    imported = shutil.copytree(rundir.step_folder(run_folder, 5), tmp_path / "import")
+    assert "to-hf SAVE OUT" in convert("to-hf", imported)[2]
+    (imported / "config.json").unlink()
+    code, _, err = convert("to-hf", imported, tmp_path / "out")
+    assert (code, "give --tokenizer FOLDER" in err) == (2, True)

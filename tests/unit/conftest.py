@@ -1,0 +1,46 @@
+"""Small generated corpora and the tokenizer learnt from them, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_octo.config.data import PrepareInput, SyntheticConfig, TokenizerConfig
+from megatron_octo.data.read import read_records
+from megatron_octo.data.synthetic import generate
+from megatron_octo.data.templates import render
+from megatron_octo.data.tokenizer import train_tokenizer
+
+KINDS = {"web": "text", "short": "question_answer", "long": "long_cot", "chat": "chat"}
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of corpora of 1000 documents each, 60 RL problems and 400 held-out ones."""
+    folder = tmp_path_factory.mktemp("data") / "corpora"
+    documents = tuple((name, 1000) for name in KINDS)
+    generate(SyntheticConfig(output=folder, documents=documents, num_rl_problems=60, num_heldout_problems=400))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(corpora: Path) -> list[str]:
+    """The text of every document of the corpora."""
+    rendered = [render(kind, row) for name, kind in KINDS.items() for row in read_records(corpora / f"{name}.jsonl")]
+    return [text for text in rendered if text]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_config(corpora: Path) -> TokenizerConfig:
+    """Settings that learn 384 pieces from the corpora."""
+    inputs = tuple(PrepareInput(input=corpora / f"{name}.jsonl", template=kind) for name, kind in KINDS.items())
+    output = corpora.with_name("tokenizer")
+    return TokenizerConfig(inputs=inputs, output=output, vocab_size=384, documents_per_input=500)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tokenizer_config: TokenizerConfig) -> Path:
+    """The trained tokenizer."""
+    train_tokenizer(tokenizer_config)
+    return tokenizer_config.output

@@ -1,0 +1,192 @@
+"""Text to ids on disk: every document, in order, once; what does not fit is counted or refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_octo.config.data import PrepareConfig
+from megatron_octo.data.indexed import IndexedWriter, read_documents, token_type
+from megatron_octo.data.manifest import read_manifest
+from megatron_octo.data.prepare import is_prepared, prepare
+from megatron_octo.data.tokenizer import load_tokenizer
+from megatron_octo.errors import BadInput
+from megatron_octo.rundir import is_done, sha256
+from tests.conftest import snapshot
+
+
+@pytest.fixture
+def config(tmp_path, corpora, tokenizer_folder) -> PrepareConfig:
+    """Settings for the first 50 documents of long."""
+    lines = (corpora / "long.jsonl").read_text().splitlines(keepends=True)[:50]
+    (tmp_path / "long.jsonl").write_text("".join(lines))
+    return PrepareConfig(
+        name="long",
+        input=tmp_path / "long.jsonl",
+        template="long_cot",
+        tokenizer=tokenizer_folder,
+        output=tmp_path / "data" / "long",
+    )
+
+
+def texts(config: PrepareConfig) -> list[str]:
+    rows = [json.loads(line) for line in config.input.read_text().splitlines()]
+    return [f"{row['question']}\n<think>\n{row['thinking']}\n</think>\n{row['answer']}" for row in rows]
+
+
+def documents(folder) -> list[list[int]]:
+    return [ids for prefix in read_manifest(folder).prefixes(folder) for ids in read_documents(prefix, 10**6)]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_every_document_is_there_in_order_between_its_control_ids(config, bos, eos):
+    config = replace(config, bos=bos, eos=eos)
+    prepare(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    expected = [[1] * bos + tokenizer.encode(text) + [2] * eos for text in texts(config)]
+    assert documents(config.output) == expected
+    assert is_done(config.output)
+
+
+def test_the_manifest_says_what_is_there(config):
+    manifest = prepare(config)
+    assert manifest == read_manifest(config.output)
+    ids = documents(config.output)
+    assert (manifest.documents, manifest.tokens, manifest.rejected) == (50, sum(map(len, ids)), 0)
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts(config))
+    assert manifest.sources[0].sha256 == sha256(config.input)
+    assert manifest.tokenizer.sha256 == load_tokenizer(config.tokenizer).sha256
+    assert (manifest.tokenizer.vocab_size, manifest.tokenizer.bos_id, manifest.tokenizer.eos_id) == (384, 1, 2)
+    (shard,) = manifest.shards
+    assert shard.bin_sha256 == sha256(config.output / "00000.bin")
+    assert shard.idx_sha256 == sha256(config.output / "00000.idx")
+
+
+def test_more_shards_hold_the_same_documents(config):
+    prepare(config)
+    whole = documents(config.output)
+    parts = replace(config, output=config.output.with_name("parts"))
+    manifest = prepare(parts, shard_tokens=1000)
+    assert len(manifest.shards) > 3
+    assert all(shard.tokens >= 1000 for shard in manifest.shards[:-1])
+    assert [shard.prefix for shard in manifest.shards] == [f"{i:05d}" for i in range(len(manifest.shards))]
+    assert documents(parts.output) == whole
+
+
+def test_records_that_do_not_fit_are_counted_and_left_out(config):
+    lines = config.input.read_text().splitlines()
+    lines[3], lines[7], lines[9] = '{"question": "alone"}', '{"question": "torn', '{"text": "\\ud800"}'
+    config.input.write_text("\n".join(lines))
+    manifest = prepare(config)
+    assert (manifest.documents, manifest.rejected) == (47, 3)
+
+
+@pytest.mark.parametrize("content", ['{"question": "a", "answer": "b"}\n' * 3, "", "\n\n"])
+def test_a_file_that_mostly_does_not_fit_is_refused_and_nothing_is_left(config, content, tmp_path):
+    config.input.write_text(content)
+    before = snapshot(tmp_path)
+    with pytest.raises(BadInput, match="do not fit template long_cot"):
+        prepare(config)
+    (tmp_path / "data").rmdir()  # the empty parent folder
+    assert snapshot(tmp_path) == before
+
+
+def test_half_that_does_not_fit_is_tolerated_and_more_is_not(config):
+    lines = config.input.read_text().splitlines()
+    config.input.write_text("\n".join(["{}"] * 50 + lines))
+    assert prepare(config).rejected == 50
+    config.input.write_text("\n".join(["{}"] * 51 + lines))
+    with pytest.raises(BadInput, match="51 of 101"):
+        prepare(replace(config, output=config.output.with_name("other")))
+
+
+def test_a_compressed_file_gives_the_same_tokens(config):
+    prepare(config)
+    packed = config.input.with_suffix(".jsonl.gz")
+    packed.write_bytes(gzip.compress(config.input.read_bytes()))
+    again = replace(config, input=packed, output=config.output.with_name("again"))
+    prepare(again)
+    assert (again.output / "00000.bin").read_bytes() == (config.output / "00000.bin").read_bytes()
+
+
+def test_a_finished_data_set_is_kept_even_when_its_input_is_gone(config):
+    first = prepare(config)
+    times = [path.stat().st_mtime_ns for path in sorted(config.output.iterdir())]
+    config.input.unlink()
+    assert prepare(config) == first
+    assert times == [path.stat().st_mtime_ns for path in sorted(config.output.iterdir())]
+
+
+def test_a_data_set_of_other_settings_is_refused(config):
+    prepare(config)
+    with pytest.raises(BadInput, match="bos: True in the folder, False asked for"):
+        prepare(replace(config, bos=False))
+
+
+def test_a_data_set_of_an_input_that_changed_since_is_refused(config):
+    prepare(config)
+    config.input.write_text(config.input.read_text() * 2)
+    with pytest.raises(BadInput, match=r"long\.jsonl when that had"):
+        is_prepared(config)
+
+
+def test_a_data_set_of_another_tokenizer_is_refused(config, tmp_path):
+    own = tmp_path / "tokenizer"
+    shutil.copytree(config.tokenizer, own)
+    prepare(replace(config, tokenizer=own))
+    (own / "tokenizer.json").write_text((own / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(BadInput, match="another tokenizer"):
+        is_prepared(replace(config, tokenizer=own))
+
+
+@pytest.mark.parametrize("name", ["bos", "eos"])
+def test_a_control_id_that_the_tokenizer_lacks_is_refused(config, tmp_path, name):
+    own = tmp_path / "tokenizer"
+    shutil.copytree(config.tokenizer, own)
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    del settings[f"{name}_token"]
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(BadInput, match=f"has no {name}_token"):
+        prepare(replace(config, tokenizer=own))
+    assert not config.output.exists()
+    prepare(replace(config, tokenizer=own, **{name: False}))
+
+
+@pytest.mark.parametrize("missing", ["input", "tokenizer"])
+def test_a_missing_input_or_tokenizer_is_named(config, tmp_path, missing):
+    with pytest.raises(BadInput, match=str(tmp_path / "none")):
+        prepare(replace(config, **{missing: tmp_path / "none"}))
+    assert not config.output.exists()
+
+
+def test_the_index_has_megatrons_layout(tmp_path):
+    with IndexedWriter(tmp_path / "a", "uint16") as writer:
+        for ids in ([5, 6, 7], [], [65499]):
+            writer.add(ids)
+    assert (writer.documents, writer.tokens) == (3, 4)
+    assert (tmp_path / "a.bin").read_bytes() == struct.pack("<4H", 5, 6, 7, 65499)
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4)
+    index += struct.pack("<3i", 3, 0, 1) + struct.pack("<3q", 0, 6, 6) + struct.pack("<4q", 0, 1, 2, 3)
+    assert (tmp_path / "a.idx").read_bytes() == index
+    assert read_documents(tmp_path / "a", 2) == [[5, 6, 7], []]
+
+
+def test_ids_take_two_bytes_up_to_megatrons_border(tmp_path):
+    assert [token_type(size) for size in (384, 65_499, 65_500, 128_256)] == ["uint16", "uint16", "int32", "int32"]
+    with IndexedWriter(tmp_path / "a", "int32") as writer:
+        writer.add([128_255, 0])
+    assert np.fromfile(tmp_path / "a.bin", dtype=np.int32).tolist() == [128_255, 0]
+    assert read_documents(tmp_path / "a", 5) == [[128_255, 0]]
+
+
+def test_an_index_of_another_make_is_refused(tmp_path):
+    (tmp_path / "a.idx").write_bytes(b"TNTIDX\0\0" + bytes(40))
+    with pytest.raises(BadInput, match=r"a\.idx is no index"):
+        read_documents(tmp_path / "a", 1)
