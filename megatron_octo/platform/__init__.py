@@ -1,0 +1,126 @@
+"""Where the code runs: which device, which backend, which layers, and what is missing.
+
+`resolve` only looks. `Platform.activate` is what training and conversion call before they import
+megatron; this package holds all that patches other people's code (`megatron_cpu`, `fused_adam`, `checkpoint_writer`).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from megatron_octo.errors import OctoError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Missing:
+    """Something this machine does not have, what that costs, and how to get it."""
+
+    what: str
+    effect: str
+    fix: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Platform:
+    """What a megatron-core process uses on this machine."""
+
+    device: Literal["cuda", "cpu"]
+    backend: Literal["nccl", "gloo"]
+    layer_family: Literal["transformer_engine", "local"]
+    """Whose linear layers, norms and attention `model/layers.py` builds from."""
+    missing: tuple[Missing, ...] = ()
+
+    def activate(self) -> None:
+        """Make this process ready to import megatron.core. Calling it again changes nothing.
+
+        On a GPU, choose the device of the local rank before this.
+        """
+        _quiet()
+        if self.device == "cpu":
+            from megatron_octo.platform import megatron_cpu
+
+            megatron_cpu.install()
+        from megatron_octo.platform import checkpoint_writer, fused_adam
+
+        fused_adam.install()
+        checkpoint_writer.install()
+
+    def describe(self) -> str:
+        """One line for the log."""
+        layers = {"transformer_engine": "Transformer Engine", "local": "local"}[self.layer_family]
+        return f"{self.device}, {self.backend}, {layers} layers"
+
+
+def resolve() -> Platform:
+    """Look at this machine and decide.
+
+    Raises:
+        OctoError: torch or megatron-core is not installed.
+    """
+    for package, extra in (("torch", "train"), ("megatron.core", "train")):
+        if not _installed(package):
+            raise OctoError(
+                f"{package} is not installed", fix=f"`make setup`, or `pip install 'megatron_octo[{extra}]'`"
+            )
+    _quiet()
+    import torch
+
+    if not torch.cuda.is_available():
+        return Platform(
+            device="cpu",
+            backend="gloo",
+            layer_family="local",
+            missing=(
+                Missing(
+                    what="GPU",
+                    effect="megatron-core runs on the CPU over gloo, for small models only",
+                    fix="run on a machine with an NVIDIA GPU, its driver, and a CUDA build of torch",
+                ),
+            ),
+        )
+    missing = tuple(_missing_on_gpu())
+    family: Literal["transformer_engine", "local"] = (
+        "local" if any(each.what == "Transformer Engine" for each in missing) else "transformer_engine"
+    )
+    return Platform(device="cuda", backend="nccl", layer_family=family, missing=missing)
+
+
+def _missing_on_gpu() -> list[Missing]:
+    missing = []
+    if not _installed("transformer_engine"):
+        missing.append(
+            Missing(
+                what="Transformer Engine",
+                effect="local layers: slower, no FP8, no context parallelism",
+                fix="pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]==2.20.2'",
+            )
+        )
+    if not _installed("apex"):
+        missing.append(
+            Missing(
+                what="NVIDIA apex",
+                effect="no fused gradient accumulation",
+                fix="build it from https://github.com/NVIDIA/apex (the package index's `apex` is another project)",
+            )
+        )
+    return missing
+
+
+def _quiet() -> None:
+    """Drop what megatron and torch say of each other's age and of missing extensions; `octo doctor` says the latter."""
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("megatron", "torch"):
+        for category in (FutureWarning, UserWarning, SyntaxWarning):
+            warnings.filterwarnings("ignore", category=category, module=module)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False

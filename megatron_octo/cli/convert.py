@@ -1,0 +1,161 @@
+"""`octo convert from-hf | to-hf | verify | random-base`: Hugging Face <-> Megatron. Runs on the CPU, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_octo import console, rundir
+from megatron_octo.cli.options import parser
+from megatron_octo.errors import BadInput
+
+if TYPE_CHECKING:
+    from megatron_octo.config.model import ModelConfig
+    from megatron_octo.config.pipeline import RandomBaseConfig
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    own = _parser().parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a conversion wants no GPU, and takes none from others
+    own.run(own)
+
+
+def _parser() -> argparse.ArgumentParser:
+    options = parser("convert", "Hugging Face <-> Megatron, on the CPU, checked.")
+    commands = options.add_subparsers(dest="command", required=True, metavar="from-hf | to-hf | verify | random-base")
+
+    importing = commands.add_parser("from-hf", help="a Hugging Face folder -> a base that training starts from")
+    importing.add_argument("hf", metavar="HF", type=Path, help="folder with config.json and safetensors")
+    importing.add_argument("output", metavar="OUT", type=Path, help="folder to write")
+    importing.set_defaults(run=_from_hf)
+
+    exporting = commands.add_parser("to-hf", help="a save -> a Hugging Face folder, verified")
+    exporting.add_argument(
+        "save", metavar="SAVE", type=Path, help="a save's folder, a run folder (its last save), or an imported base"
+    )
+    exporting.add_argument(
+        "output", metavar="OUT", type=Path, nargs="?", help="folder to write; of a save in a run: its hf/step_XXXXXXXX"
+    )
+    exporting.add_argument(
+        "--tokenizer", type=Path, help="tokenizer folder to copy; of a save in a run: the one it trained with"
+    )
+    exporting.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), default="bf16", help="number format (bf16)")
+    exporting.add_argument("--skip-verify", action="store_true", help="do not compare the result with the save")
+    exporting.set_defaults(run=_to_hf)
+
+    verifying = commands.add_parser("verify", help="compare an export with the save it was made from")
+    verifying.add_argument("save", metavar="SAVE", type=Path, help="as for to-hf")
+    verifying.add_argument("hf", metavar="HF", type=Path, help="the export")
+    verifying.set_defaults(run=_verify)
+
+    random = commands.add_parser("random-base", help="a base model of random weights in Hugging Face format")
+    random.add_argument("recipe", metavar="RECIPE", help="path.py:function, or JSON, of a RandomBaseConfig or pipeline")
+    random.set_defaults(run=_random_base)
+
+    for each in (importing, exporting, verifying, random):
+        each.add_argument(
+            "--dry-run", action="store_true", help="check the input, say what would be done, write nothing"
+        )
+        each.add_argument("--json", action="store_true", help="machine output on stdout")
+    for each in (importing, exporting, random):
+        each.add_argument("--overwrite", action="store_true", help="replace OUT")
+    return options
+
+
+def _from_hf(own: argparse.Namespace) -> None:
+    from megatron_octo.convert import hf_folder
+    from megatron_octo.convert.from_hf import from_hf
+
+    model = hf_folder.read_model_config(own.hf)
+    if own.dry_run:
+        hf_folder.Weights(own.hf).check(model)
+    else:
+        from_hf(own.hf, own.output, overwrite=own.overwrite)
+    _say(own, model, output=own.output, source=own.hf)
+
+
+def _to_hf(own: argparse.Namespace) -> None:
+    from megatron_octo.convert.hf_folder import read_tokenizer
+    from megatron_octo.convert.save import Save, find_save
+    from megatron_octo.convert.to_hf import to_hf
+
+    folder = find_save(own.save)
+    output = own.output or _default_output(folder)
+    tokenizer = own.tokenizer or _default_tokenizer(folder)
+    source = Save(folder)
+    if own.dry_run:
+        read_tokenizer(tokenizer, source.model)
+    else:
+        to_hf(folder, output, tokenizer, dtype=own.dtype, verify=not own.skip_verify, overwrite=own.overwrite)
+    _say(own, source.model, output=output, source=folder, tokenizer=tokenizer, dtype=own.dtype)
+
+
+def _verify(own: argparse.Namespace) -> None:
+    from megatron_octo.convert.save import Save, find_save
+    from megatron_octo.convert.verify import describe, verify
+
+    folder = find_save(own.save)
+    if own.dry_run:
+        _say(own, Save(folder).model, output=own.hf / "verify.json", source=folder)
+        return
+    report = verify(folder, own.hf)
+    if own.json:
+        console.emit_json(asdict(report))
+    else:
+        console.emit(describe(report))
+
+
+def _random_base(own: argparse.Namespace) -> None:
+    from megatron_octo.convert.random_base import random_base
+
+    config = _random_base_config(own.recipe)
+    if not own.dry_run:
+        random_base(config, overwrite=own.overwrite)
+    _say(own, config.model, output=config.output, seed=config.seed, tokenizer=config.tokenizer)
+
+
+def _random_base_config(recipe: str) -> RandomBaseConfig:
+    """The settings in a recipe or JSON file: a RandomBaseConfig, or a pipeline's."""
+    from megatron_octo.config.base import Settings
+    from megatron_octo.config.load import load_recipe
+    from megatron_octo.config.pipeline import PipelineConfig, RandomBaseConfig
+
+    if recipe.endswith(".json"):
+        whole = "stable" in rundir.read_json(Path(recipe))
+        settings: Settings = load_recipe(recipe, PipelineConfig if whole else RandomBaseConfig)
+    else:
+        settings = load_recipe(recipe, Settings)
+    base = settings.base if isinstance(settings, PipelineConfig) else settings
+    if not isinstance(base, RandomBaseConfig):
+        raise BadInput(f"{recipe} describes no random base", fix="give a RandomBaseConfig, or a pipeline that has one")
+    return base
+
+
+def _default_output(save: Path) -> Path:
+    if save.parent.name != "checkpoints":
+        raise BadInput(f"{save} is in no run folder, and no OUT is given", fix="say where to write: to-hf SAVE OUT")
+    return save.parent.parent / "hf" / save.name
+
+
+def _default_tokenizer(save: Path) -> Path:
+    config = save / "config.json"
+    if not config.exists():
+        raise BadInput(f"{save} does not say which tokenizer it was trained with", fix="give --tokenizer FOLDER")
+    return Path(rundir.read_json(config)["data"]["tokenizer"])
+
+
+def _say(own: argparse.Namespace, model: ModelConfig, **facts: Any) -> None:
+    """Print what was done, or would be."""
+    facts = {key: str(value) for key, value in facts.items()} | {"num_parameters": model.num_parameters}
+    if own.json:
+        console.emit_json({"command": own.command, "dry_run": own.dry_run, **facts})
+    elif own.dry_run:
+        lines = "\n".join(f"  {key}: {value}" for key, value in facts.items())
+        console.emit(f"would run {own.command}:\n{lines}")
+    else:
+        console.emit(facts["output"])

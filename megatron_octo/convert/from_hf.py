@@ -1,0 +1,91 @@
+"""A Hugging Face folder -> a megatron checkpoint that training starts from at any parallel layout.
+
+Weights are renamed, joined and stacked by the one table in `model/mapping.py`; their numbers and number formats
+stay as they are. Run it with `octo convert from-hf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_octo import console, lineage, rundir
+from megatron_octo.config.base import to_dict
+from megatron_octo.convert import hf_folder, torch_dist
+from megatron_octo.convert.output import finished
+from megatron_octo.errors import BadInput
+from megatron_octo.model import mapping
+from megatron_octo.model.weights import MODEL_FILE
+
+if TYPE_CHECKING:
+    from megatron_octo.config.model import ModelConfig
+
+
+def from_hf(hf: Path, output: Path, *, overwrite: bool = False) -> Path:
+    """Convert the Hugging Face folder `hf` into `output`; returns `output`.
+
+    An `output` that was made from the same weights is left as it is.
+
+    Raises:
+        BadInput: a model that training cannot express, weights that do not fit its config, or an
+            `output` made from other weights (`overwrite` replaces it).
+    """
+    log = console.logger(__name__)
+    model = hf_folder.read_model_config(hf)
+    tensors = hf_folder.Weights(hf)
+    tensors.check(model)
+    parent = _parent(hf)
+    done = finished(output, "import", overwrite=overwrite)
+    if done is not None:
+        if done.parent is None or done.parent.weights_sha256 != parent.weights_sha256:
+            raise BadInput(f"{output} was made from other weights than {hf}", fix="give another folder, or --overwrite")
+        log.info("%s is there already, made from %s", output, hf)
+        return output
+    pieces = list(_pieces(model, tensors))
+    with rundir.new_folder(output) as folder:
+        torch_dist.write(folder, pieces)
+        rundir.write_json(folder / MODEL_FILE, to_dict(model))
+        digest = rundir.sha256_folder(folder, torch_dist.WEIGHT_FILES)
+        lineage.write(folder, lineage.Lineage(name=parent.name, kind="import", weights_sha256=digest, parent=parent))
+    log.info("%s: %s parameters from %s", output, f"{model.num_parameters:,}", hf)
+    return output
+
+
+def _parent(hf: Path) -> lineage.Lineage:
+    digest = rundir.sha256_folder(hf, hf_folder.WEIGHT_FILES)
+    known = lineage.read_if_present(hf)
+    if known is not None and known.weights_sha256 == digest:
+        return known
+    return lineage.Lineage(name=hf.resolve().name, kind="base", weights_sha256=digest)
+
+
+def _pieces(model: ModelConfig, tensors: hf_folder.Weights) -> Iterator[torch_dist.Piece]:
+    dtypes: dict[str, object] = {}
+    for weight in mapping.weights(model):
+        found = {tensors.dtype(name) for name, _ in weight.parts}
+        dtype = found.pop()
+        if found or dtypes.setdefault(weight.key, dtype) != dtype:
+            raise BadInput(
+                f"{tensors.folder}: the parts of {weight.key} are of several number formats",
+                fix="save the model in one format",
+            )
+        yield _piece(weight, model, tensors, dtype)
+
+
+def _piece(weight: mapping.Weight, model: ModelConfig, tensors: hf_folder.Weights, dtype: object) -> torch_dist.Piece:
+    stacked = mapping.stacked_shape(weight, model)
+    inside = weight.layer is not None
+    shape = (1, *weight.shape) if inside else weight.shape
+
+    def make() -> object:
+        return weight.join([tensors.read(name) for name, _ in weight.parts]).reshape(shape)
+
+    return torch_dist.Piece(
+        key=weight.key,
+        global_shape=stacked,
+        offset=(weight.layer or 0, *[0] * (len(stacked) - 1)),
+        shape=shape,
+        dtype=dtype,  # type: ignore[arg-type]
+        make=make,  # type: ignore[arg-type]
+    )

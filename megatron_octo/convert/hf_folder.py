@@ -1,0 +1,220 @@
+"""Hugging Face model folders: config.json, safetensors, tokenizer files. Streams: no more than one file in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_octo import console
+from megatron_octo.errors import BadInput
+from megatron_octo.model import mapping
+from megatron_octo.rundir import read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_octo.config.model import ModelConfig
+
+Dtype = Literal["bf16", "fp32", "fp16"]
+TORCH_NAMES: dict[Dtype, str] = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = "*.safetensors"
+MAX_FILE_BYTES = 5_000_000_000
+"""Largest weight file written; Hugging Face's own default."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class Weights:
+    """The tensors of a folder's safetensors, single or sharded, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read names and shapes.
+
+        Raises:
+            BadInput: no safetensors, or a file that the index names is missing.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = folder
+        if (folder / INDEX).exists():
+            files = sorted({folder / file for file in read_json(folder / INDEX)["weight_map"].values()})
+        else:
+            files = sorted(folder.glob(WEIGHT_FILES))
+        if not files:
+            raise BadInput(
+                f"{folder} holds no {WEIGHT_FILES}",
+                fix="give a model in safetensors (transformers' save_pretrained writes them)",
+            )
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        self._dtypes: dict[str, str] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 - it is not a dict
+                        part = tensors.get_slice(name)
+                        self._files[name] = file
+                        self.shapes[name], self._dtypes[name] = tuple(part.get_shape()), part.get_dtype()
+            except (FileNotFoundError, SafetensorError) as error:
+                raise BadInput(f"{file} cannot be read: {error}", fix="download or write the folder again") from None
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Number format of a tensor.
+
+        Raises:
+            BadInput: it is neither fp32, bf16 nor fp16.
+        """
+        import torch
+
+        known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        if self._dtypes[name] not in known:
+            raise BadInput(f"{self.folder}: {name} is {self._dtypes[name]}", fix="give weights in fp32, bf16 or fp16")
+        return known[self._dtypes[name]]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], framework="pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor
+
+    def check(self, model: ModelConfig) -> None:
+        """Compare names and shapes with those that `model` has.
+
+        Raises:
+            BadInput: one is missing, one too many, or of another shape.
+        """
+        wanted = mapping.hf_shapes(model)
+        # older exports hold the rotary frequencies, and the tied output layer, though both follow from the rest
+        extra = {n for n in self.shapes.keys() - wanted.keys() if not n.endswith(".rotary_emb.inv_freq")}
+        extra -= {"lm_head.weight"} if model.tied_embeddings else set()
+        wrong = [
+            f"{name} is {self.shapes[name]}, the model has {shape}"
+            for name, shape in wanted.items()
+            if name in self.shapes and self.shapes[name] != shape
+        ]
+        wrong += [f"{name} is missing" for name in wanted.keys() - self.shapes.keys()]
+        wrong += [f"{name} is unknown" for name in extra]
+        if wrong:
+            shown = "\n".join(f"  {line}" for line in sorted(wrong)[:10])
+            raise BadInput(
+                f"{self.folder}: {len(wrong)} tensors do not fit its {CONFIG}:\n{shown}",
+                fix="give the folder's own config.json and all of its weight files",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Named:
+    """A tensor to write, made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+
+def write_weights(
+    folder: Path, tensors: Iterable[Named], dtype: Dtype, *, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """Write safetensors: one file, or numbered ones with an index where they would exceed `max_file_bytes`."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch_dtype = getattr(torch, TORCH_NAMES[dtype])
+    files: list[list[Named]] = [[]]
+    room, total = max_file_bytes, 0
+    for tensor in tensors:
+        size = torch_dtype.itemsize * torch.Size(tensor.shape).numel()
+        if files[-1] and size > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(tensor)
+        room, total = room - size, total + size
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(console.progress(files, total=len(files), title="weight files"), start=1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file(
+            {each.name: each.make().to(torch_dtype).contiguous().clone() for each in group},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+        weight_map |= {each.name: file for each in group}
+    if len(files) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenizer:
+    """What a model folder needs to know of a tokenizer folder."""
+
+    folder: Path
+    bos: int | None
+    eos: int | list[int] | None
+    """Ids that end an answer; a generation_config.json beside the tokenizer knows best."""
+    pad: int | None
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the tokenizer's files."""
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
+
+
+def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
+    """Load a tokenizer folder to learn its control ids, and check that the model has a row for each id.
+
+    Raises:
+        BadInput: no tokenizer there, or more ids than the model has rows.
+    """
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+        raise BadInput(f"{folder} holds no tokenizer.json and no tokenizer.model", fix="give a tokenizer folder")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    if len(tokenizer) > model.vocab_size:
+        raise BadInput(
+            f"tokenizer {folder} has {len(tokenizer):,} ids, the model {model.vocab_size:,} rows",
+            fix="give the tokenizer that the model was trained with",
+        )
+    stated = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
+    return Tokenizer(
+        folder=folder,
+        bos=stated.get("bos_token_id", tokenizer.bos_token_id),
+        eos=stated.get("eos_token_id", tokenizer.eos_token_id),
+        pad=stated.get("pad_token_id", tokenizer.pad_token_id),
+    )
+
+
+def write_settings(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype: Dtype) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files: all of a model folder but its weights."""
+    ids: dict[str, Any] = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
+    write_json(folder / CONFIG, mapping.hf_config(model, dtype=TORCH_NAMES[dtype], **ids))
+    stated = {f"{name}_token_id": value for name, value in ids.items() if value is not None}
+    write_json(folder / GENERATION, stated)
+    tokenizer.copy_to(folder)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The architecture of a Hugging Face folder, from its config.json.
+
+    Raises:
+        BadInput: no config.json, or a model that training cannot express.
+    """
+    return mapping.model_config_from_hf(read_json(folder / CONFIG), origin=str(folder / CONFIG))

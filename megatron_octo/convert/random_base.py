@@ -1,0 +1,80 @@
+"""A base model of random weights in Hugging Face format, for roads that download nothing. Needs no megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_octo import console, lineage, rundir
+from megatron_octo.config.base import to_dict
+from megatron_octo.convert import hf_folder
+from megatron_octo.convert.output import finished
+from megatron_octo.errors import BadInput
+from megatron_octo.model import mapping
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from megatron_octo.config.model import ModelConfig
+    from megatron_octo.config.pipeline import RandomBaseConfig
+
+SETTINGS = "random_base.json"
+NAME = "random"
+RESIDUAL = ("o_proj.weight", "down_proj.weight")
+"""Matrices whose result is added to the residual stream."""
+
+
+def random_base(config: RandomBaseConfig, *, overwrite: bool = False) -> Path:
+    """Write the model that `config` describes, in fp32; returns its folder.
+
+    Matrices are normal with `model.init_std`, those that write to the residual stream with
+    init_std / sqrt(2 * num_layers), as megatron initialises them; norms are 1. The same seed gives the
+    same weights.
+
+    Raises:
+        BadInput: no tokenizer, one with more ids than the model has rows, or an output made with
+            other settings (`overwrite` replaces it).
+    """
+    log = console.logger(__name__)
+    settings = to_dict(config)
+    if finished(config.output, "base", overwrite=overwrite) is not None:
+        _check_same(config.output, settings)
+        log.info("%s is there already", config.output)
+        return config.output
+    tokenizer = hf_folder.read_tokenizer(config.tokenizer, config.model)
+    with rundir.new_folder(config.output) as folder:
+        hf_folder.write_weights(folder, _tensors(config.model, config.seed), "fp32")
+        hf_folder.write_settings(folder, config.model, tokenizer, "fp32")
+        rundir.write_json(folder / SETTINGS, settings)
+        digest = rundir.sha256_folder(folder, hf_folder.WEIGHT_FILES)
+        lineage.write(folder, lineage.Lineage(name=NAME, kind="base", weights_sha256=digest))
+    log.info("%s: %s random parameters", config.output, f"{config.model.num_parameters:,}")
+    return config.output
+
+
+def _check_same(output: Path, settings: dict[str, object]) -> None:
+    made_with = rundir.read_json(output / SETTINGS) if (output / SETTINGS).exists() else {}
+    differing = [name for name, _, _ in rundir.differences(made_with, settings)]
+    if differing:
+        raise BadInput(
+            f"{output} was made with other settings: {', '.join(differing)}", fix="give another folder, or --overwrite"
+        )
+
+
+def _tensors(model: ModelConfig, seed: int) -> Iterator[hf_folder.Named]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: tuple[int, ...], std: float) -> torch.Tensor:
+        return torch.empty(shape).normal_(std=std, generator=generator)
+
+    for name, shape in mapping.hf_shapes(model).items():
+        std = model.init_std / (2 * model.num_layers) ** 0.5 if name.endswith(RESIDUAL) else model.init_std
+
+        def make(shape: tuple[int, ...] = shape, std: float = std) -> torch.Tensor:
+            return torch.ones(shape) if len(shape) == 1 else normal(shape, std)
+
+        yield hf_folder.Named(name=name, shape=shape, make=make)

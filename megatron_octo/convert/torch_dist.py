@@ -1,0 +1,235 @@
+"""Megatron's `torch_dist` folders, read and written one tensor at a time: no ranks, no process group, no GPU.
+
+The index of such a folder, `.metadata`, is a pickle, which torch itself loads with the power to run any code in
+it. Here an index may name the few classes that describe tensors and nothing else, tensors are loaded with
+`weights_only`, and byte blobs (`_extra_state`, the common state) are never opened.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_octo import console
+from megatron_octo.errors import BadInput
+from megatron_octo.rundir import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = ".metadata"
+FORMAT_FILE = "metadata.json"
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+WEIGHT_FILES = "*.distcp"
+COMMON_STATE = "common_state/shard_0_1"
+"""megatron looks its unsharded state up under this key; weights alone have none, so it is empty."""
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_PLANNER = "torch.distributed.checkpoint.planner"
+ALLOWED = {
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    (_PLANNER, "BytesIOWriteData"),
+    (_PLANNER, "SavePlan"),
+    (_PLANNER, "TensorWriteData"),
+    (_PLANNER, "WriteItem"),
+    (_PLANNER, "WriteItemType"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+"""(module, name) an index may refer to, besides torch's number formats: descriptions without side effects."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in ALLOWED:
+            return super().find_class(module, name)
+        raise BadInput(
+            f"the index of this checkpoint refers to {module}.{name}, which describes no tensor: it was not loaded",
+            fix="do not load this checkpoint with other tools either, unless you know who wrote it",
+        )
+
+
+class Reader:
+    """The tensors of a `torch_dist` folder, by key; each read touches only the pieces it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the index.
+
+        Raises:
+            BadInput: `folder` is not a `torch_dist` checkpoint, or its index refers to what it must not.
+        """
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        self.folder = folder
+        path = folder / INDEX
+        if not path.is_file():
+            raise BadInput(f"{folder} is no megatron checkpoint: it has no {INDEX}", fix="give the folder of one save")
+        with path.open("rb") as file:
+            try:
+                metadata = _IndexUnpickler(file).load()
+                self._storage = metadata.storage_data
+                self._tensors = {
+                    key: entry
+                    for key, entry in metadata.state_dict_metadata.items()
+                    if isinstance(entry, TensorStorageMetadata)
+                }
+            except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+                raise BadInput(f"{path} is torn: {error}", fix="take another save") from None
+
+    def keys(self) -> list[str]:
+        """Keys of all tensors; optimizer state included."""
+        return sorted(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Global shape of a tensor."""
+        return tuple(self._entry(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Number format of a tensor."""
+        dtype: torch.dtype = self._entry(key).properties.dtype
+        return dtype
+
+    def read(self, key: str, index: int | None = None) -> torch.Tensor:
+        """A whole tensor, or the `index`-th slice along its first axis.
+
+        Raises:
+            BadInput: no such tensor, or its pieces do not cover it.
+        """
+        import torch
+
+        entry = self._entry(key)
+        start, stop = (0, entry.size[0]) if index is None else (index, index + 1)
+        out = torch.empty((stop - start, *entry.size[1:]), dtype=entry.properties.dtype)
+        covered = 0
+        for chunk in entry.chunks:
+            low, high = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
+            if low >= high:
+                continue
+            piece = self._piece(key, chunk)[low - chunk.offsets[0] : high - chunk.offsets[0]]
+            place = (
+                slice(low - start, high - start),
+                *(slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)),
+            )
+            out[place] = piece
+            covered += piece.numel()
+        if covered != out.numel():
+            raise BadInput(
+                f"{self.folder}: the pieces of {key} hold {covered:,} of its {out.numel():,} numbers",
+                fix="take another save: this one is not whole",
+            )
+        return out if index is None else out[0]
+
+    def _entry(self, key: str) -> Any:
+        if key not in self._tensors:
+            raise BadInput(f"{self.folder} has no tensor {key}", fix="give a save of this kind of model")
+        return self._tensors[key]
+
+    def _piece(self, key: str, chunk: Any) -> torch.Tensor:
+        import torch
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        info = self._storage[MetadataIndex(key, chunk.offsets)]
+        path = self.folder / info.relative_path
+        if path.parent != self.folder or not path.is_file():
+            raise BadInput(
+                f"{self.folder} has no file {info.relative_path}, which {key} is in", fix="take another save"
+            )
+        with path.open("rb") as file:
+            file.seek(info.offset)
+            blob = file.read(info.length)
+        try:
+            piece: torch.Tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise BadInput(f"{path} holds no numbers for {key}: {error}", fix="take another save") from None
+        return piece
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A part of a tensor to write, made when its turn comes."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    """Where it begins in the whole tensor."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+    """The numbers, of `shape`."""
+
+
+def write(folder: Path, pieces: Iterable[Piece]) -> None:
+    """Write a `torch_dist` checkpoint that megatron loads at any parallel layout; holds one piece at a time.
+
+    The pieces of a key tile it. `folder` exists.
+    """
+    import warnings
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import (
+        BytesIOWriteData,
+        SavePlan,
+        TensorWriteData,
+        WriteItem,
+        WriteItemType,
+    )
+
+    items = [
+        WriteItem(
+            index=MetadataIndex(COMMON_STATE), type=WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(nbytes=0)
+        )
+    ]
+    makers: dict[MetadataIndex, Callable[[], torch.Tensor]] = {}
+    for piece in pieces:
+        where = MetadataIndex(piece.key, piece.offset)
+        makers[where] = piece.make
+        chunk = ChunkStorageMetadata(offsets=torch.Size(piece.offset), sizes=torch.Size(piece.shape))
+        data = TensorWriteData(
+            chunk=chunk, properties=TensorProperties(dtype=piece.dtype), size=torch.Size(piece.global_shape)
+        )
+        items.append(WriteItem(index=where, type=WriteItemType.SHARD, tensor_data=data))
+
+    bar = console.progress(range(len(makers)), total=len(makers), title=f"write {folder.name}")
+
+    class Planner(dcp.DefaultSavePlanner):
+        def create_local_plan(self) -> SavePlan:
+            self.plan = SavePlan(items=items)
+            return self.plan
+
+        def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+            if write_item.type is WriteItemType.BYTE_IO:
+                empty = io.BytesIO()
+                torch.save([{}], empty)
+                return empty
+            next(bar, None)
+            return makers[write_item.index]().contiguous()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")  # no_dist is what is meant
+        dcp.save(
+            {},
+            storage_writer=dcp.FileSystemWriter(folder, thread_count=1),
+            planner=Planner(flatten_state_dict=False),
+            no_dist=True,
+        )
+    write_json(folder / FORMAT_FILE, FORMAT)

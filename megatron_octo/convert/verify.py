@@ -1,0 +1,205 @@
+"""Checks an export: every tensor bit for bit, and the logits of both models at every position of a text.
+
+The second check is what makes the first one worth something: renaming and joining wrongly, but in the same way in
+both directions, would leave all bits in place. Megatron's model is filled by megatron's own names, without
+`model/mapping.py`. Run it with `octo convert verify`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_octo import console, rundir
+from megatron_octo.config.base import to_dict
+from megatron_octo.config.train import ParallelConfig, PrecisionConfig
+from megatron_octo.convert import hf_folder
+from megatron_octo.convert.save import Save
+from megatron_octo.errors import VerificationError
+from megatron_octo.model import mapping
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_octo.config.model import ModelConfig
+
+REPORT = "verify.json"
+POSITIONS = 1024
+MAX_LOGIT_DIFFERENCE = 1e-4
+MAX_RELATIVE_DIFFERENCE = 1e-5
+"""Of the largest logit; tells more than the bar above where all logits are small, as those of a random model."""
+TIE = 1e-5
+"""Two logits closer than this may change places: fp32 sums in another order."""
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What was compared, and how it came out."""
+
+    num_tensors: int
+    """Tensors equal bit for bit after a round trip."""
+    num_positions: int
+    """Positions whose logits were compared, in fp32, with the weights as exported."""
+    max_logit_difference: float
+    """Largest absolute difference of two logits; the bar is 1e-4, and 1e-5 of the largest logit."""
+    num_argmax_differences: int
+    """Positions at which the models choose another token, ties apart; the bar is 0."""
+    mean_kl: float
+    """Mean Kullback-Leibler divergence of Megatron's prediction from Hugging Face's, nats."""
+    max_logit: float
+    """Largest absolute logit, as the scale of the difference."""
+
+
+def verify(save: Path, hf: Path) -> Report:
+    """Compare the export `hf` with the save it was made from; writes `verify.json` into `hf`.
+
+    Raises:
+        BadInput: one of the folders is not what it should be.
+        VerificationError: they differ; the message says where. No `verify.json` remains.
+    """
+    try:
+        report = _compare(Save(save), hf)
+    except VerificationError:
+        (hf / REPORT).unlink(missing_ok=True)
+        raise
+    rundir.write_json(hf / REPORT, asdict(report))
+    console.logger(__name__).info("%s", describe(report))
+    return report
+
+
+def describe(report: Report) -> str:
+    """The report as one line."""
+    return (
+        f"verified: {report.num_tensors} tensors bit-identical; logits over {report.num_positions:,} positions within "
+        f"{report.max_logit_difference:.1e} (largest logit {report.max_logit:.1f}), same most likely token everywhere, "
+        f"KL {report.mean_kl:.1e}"
+    )
+
+
+def _compare(source: Save, hf: Path) -> Report:
+    exported = hf_folder.Weights(hf)
+    exported.check(source.model)
+    _compare_settings(source.model, hf)
+    _compare_tensors(source, exported)
+    dtypes = {exported.dtype(name) for name in exported.shapes}
+    if len(dtypes) > 1:
+        raise VerificationError(f"{hf} has weights in several number formats: {dtypes}", fix="convert again")
+    report = _compare_logits(source, hf, dtypes.pop())
+    failures = []
+    bar = min(MAX_LOGIT_DIFFERENCE, MAX_RELATIVE_DIFFERENCE * report.max_logit)
+    if not report.max_logit_difference <= bar:  # a NaN fails too
+        failures.append(f"logits differ by up to {report.max_logit_difference:.3g} (bar {bar:.3g})")
+    if report.num_argmax_differences:
+        failures.append(f"the most likely token differs at {report.num_argmax_differences} positions")
+    if failures:
+        raise VerificationError(
+            f"{hf} is not the model of {source.folder}: {'; '.join(failures)}, over {report.num_positions:,} positions",
+            fix="do not use this export; convert again, and report it if it stays",
+        )
+    return replace(report, num_tensors=len(exported.shapes))
+
+
+def _compare_tensors(source: Save, exported: hf_folder.Weights) -> None:
+    """Join the exported tensors again and compare bits with the save's, in the export's number format."""
+    wrong = []
+    for weight in mapping.weights(source.model):
+        back = weight.join([exported.read(name) for name, _ in weight.parts])
+        if not _same_bits(back, source.read(weight.key, weight.layer).to(back.dtype)):
+            wrong.append(weight.parts[0][0])
+    if wrong:
+        raise VerificationError(
+            f"{exported.folder}: {len(wrong)} tensors differ from those of {source.folder}: {', '.join(wrong[:SHOWN])}",
+            fix="do not use this export; convert again",
+        )
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    view = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
+    return a.shape == b.shape and torch.equal(a.contiguous().view(view), b.contiguous().view(view))
+
+
+def _compare_settings(model: ModelConfig, hf: Path) -> None:
+    differing = list(rundir.differences(to_dict(model), to_dict(hf_folder.read_model_config(hf))))
+    if differing:
+        lines = "; ".join(f"{name}: {old!r} in the save, {new!r} in the export" for name, old, new in differing)
+        raise VerificationError(f"{hf / hf_folder.CONFIG} describes another model: {lines}", fix="convert again")
+
+
+def _compare_logits(source: Save, hf: Path, dtype: torch.dtype) -> Report:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    length = min(source.model.max_positions, POSITIONS)  # long sequences show a wrong rotary scale best
+    rows = -(-POSITIONS // length)
+    tokens = torch.randint(source.model.vocab_size, (rows, length), generator=generator)
+    with torch.no_grad():
+        theirs, ours = _hf_logits(hf, tokens), _megatron_logits(source, tokens, dtype)
+        largest, differences, kl, scale = 0.0, 0, 0.0, 0.0
+        for a, b in zip(theirs, ours, strict=True):  # [length, vocab]
+            largest = max(largest, _finite_max(a - b))
+            scale = max(scale, _finite_max(a))
+            chosen = a.gather(1, b.argmax(-1, keepdim=True)).squeeze(1)
+            differences += int((a.max(-1).values - chosen > TIE).sum())
+            log_p, log_q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).sum())
+    return Report(
+        num_tensors=0,
+        num_positions=tokens.numel(),
+        max_logit_difference=largest,
+        num_argmax_differences=differences,
+        mean_kl=kl / tokens.numel(),
+        max_logit=scale,
+    )
+
+
+def _finite_max(values: torch.Tensor) -> float:
+    """Largest absolute value; NaN where any is."""
+    return float(values.abs().max()) if bool(values.isfinite().all()) else float("nan")
+
+
+def _hf_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """transformers' logits [rows, length, vocab] in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(str(hf), dtype=torch.float32, attn_implementation="sdpa").eval()
+    return torch.cat([model(row[None]).logits for row in tokens])
+
+
+def _megatron_logits(source: Save, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Megatron's logits [rows, length, vocab] in fp32, of the save's weights rounded to `dtype`."""
+    import torch
+
+    from megatron_octo.model.build import build_model
+    from megatron_octo.platform import resolve
+    from megatron_octo.platform.process_group import model_parallel
+
+    alone, fp32 = ParallelConfig(), PrecisionConfig(dtype="fp32")
+    platform = replace(resolve(), layer_family="local")  # plain fp32 arithmetic, on any device
+    with model_parallel(platform, alone):
+        model = build_model(source.model, platform=platform, parallel=alone, precision=fp32).eval()
+        _fill(model, source, dtype)
+        positions = torch.arange(tokens.shape[1])[None]
+        device = next(model.parameters()).device
+        rows = [model(row[None].to(device), positions.to(device), None).cpu() for row in tokens]
+    return torch.cat(rows)
+
+
+def _fill(model: torch.nn.Module, source: Save, dtype: torch.dtype) -> None:
+    """Put a save's weights into a whole model on one rank, by the keys that megatron itself gives its parameters."""
+    state = {}
+    for name, entry in model.sharded_state_dict().items():
+        if not name.endswith("_extra_state"):
+            layer = LAYER.match(name)
+            state[name] = source.read(entry.key, int(layer[1]) if layer else None).to(dtype)
+    missing = [name for name in model.load_state_dict(state, strict=False).missing_keys if "_extra_state" not in name]
+    if missing:
+        raise VerificationError(f"megatron's model has weights that no save holds: {missing[:SHOWN]}")

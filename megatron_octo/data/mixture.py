@@ -1,0 +1,87 @@
+"""Manifests and weights -> what training reads: shards with their shares. Checks everything; loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_octo.data.manifest import Manifest, read_manifest, tokenizer_sha256
+from megatron_octo.errors import BadInput
+
+if TYPE_CHECKING:
+    from megatron_octo.config.data import MixtureConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One .bin/.idx pair in a mixture."""
+
+    prefix: Path
+    """Path without .bin and .idx."""
+    weight: float
+    """Share of the stage's tokens."""
+    source: int
+    """Index of its source."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixture:
+    """Prepared sources, weighed."""
+
+    names: tuple[str, ...]
+    """The sources."""
+    tokens: tuple[int, ...]
+    """Tokens in each source's data set."""
+    shards: tuple[Shard, ...]
+    """All sources' shards; their weights sum to 1."""
+    tokenizer_sha256: str
+    """The tokenizer that made them all."""
+    vocab_size: int
+    """Ids are below this."""
+    eos_id: int | None
+    """The id that ends a document."""
+
+
+def read_mixture(config: MixtureConfig, *, model_vocab_size: int) -> Mixture:
+    """Read and check the manifests of a mixture. A source's weight is shared among its shards by their tokens.
+
+    Raises:
+        BadInput: a data set is missing or unfinished, was prepared with another tokenizer, or has no tokens; the
+            tokenizer has more ids than the model has rows.
+    """
+    manifests = [read_manifest(source.path) for source in config.sources]
+    wanted = tokenizer_sha256(config.tokenizer)
+    for source, manifest in zip(config.sources, manifests, strict=True):
+        _check(source.path, manifest, wanted, config.tokenizer, model_vocab_size)
+    shards = tuple(
+        Shard(prefix=source.path / shard.prefix, weight=source.weight * shard.tokens / manifest.tokens, source=index)
+        for index, (source, manifest) in enumerate(zip(config.sources, manifests, strict=True))
+        for shard in manifest.shards
+        if shard.tokens > 0
+    )
+    return Mixture(
+        names=tuple(source.name for source in config.sources),
+        tokens=tuple(manifest.tokens for manifest in manifests),
+        shards=shards,
+        tokenizer_sha256=wanted,
+        vocab_size=max(manifest.tokenizer.vocab_size for manifest in manifests),
+        eos_id=manifests[0].tokenizer.eos_id,
+    )
+
+
+def _check(folder: Path, manifest: Manifest, wanted: str, tokenizer: Path, model_vocab_size: int) -> None:
+    if manifest.tokenizer.sha256 != wanted:
+        raise BadInput(
+            f"data set {folder} was prepared with another tokenizer ({manifest.tokenizer.path}, "
+            f"{manifest.tokenizer.sha256[:12]}) than data.tokenizer {tokenizer} ({wanted[:12]})",
+            fix="prepare it again with this tokenizer (`octo data prepare`), or correct data.tokenizer",
+        )
+    if manifest.tokenizer.vocab_size > model_vocab_size:
+        raise BadInput(
+            f"the tokenizer {tokenizer} has {manifest.tokenizer.vocab_size:,} ids, but model.vocab_size is "
+            f"{model_vocab_size:,}",
+            fix="enlarge model.vocab_size, or use the model's own tokenizer",
+        )
+    if manifest.tokens == 0:
+        raise BadInput(f"data set {folder} holds no tokens", fix="leave the source out, or prepare it from other text")

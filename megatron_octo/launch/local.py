@@ -1,0 +1,39 @@
+"""Several ranks on this machine: torchrun around `octo train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_octo.errors import OctoError
+from megatron_octo.platform.process import run, terminate_as_interrupt
+
+
+def run_ranks(command: Sequence[str], num_ranks: int) -> None:
+    """Run `octo COMMAND...` as `num_ranks` processes of one group on this machine, to their end.
+
+    torchrun picks a free port, ends all ranks when one fails, and is ended with them when this process is.
+    The ranks' output is this process's.
+
+    Raises:
+        OctoError: a rank failed; its own message is above.
+        KeyboardInterrupt: interrupted, or asked to end; the ranks have ended.
+    """
+    argv = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={num_ranks}",
+        "-m",
+        "megatron_octo",
+        *command,
+    ]
+    with terminate_as_interrupt():
+        code = run(argv, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    if code != 0:
+        raise OctoError(
+            f"{num_ranks} ranks of `octo {' '.join(command)}` ended with exit code {code}",
+            fix="the first rank's message above says why; running it again goes on from the last save",
+        )

@@ -1,0 +1,123 @@
+"""Settings -> megatron-core's GPTModel. Nothing else in the package knows megatron's model class or its options."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_octo.errors import BadInput
+from megatron_octo.model.layers import layer_spec
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_octo.config.model import ModelConfig
+    from megatron_octo.config.train import ParallelConfig, PrecisionConfig
+    from megatron_octo.platform import Platform
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    platform: Platform,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """Build this rank's part of the model, with random weights, on the platform's device.
+
+    All ranks of a copy of the model call it. It needs an activated platform and initialised model-parallel
+    groups (`platform/process_group.py`), and draws from torch's generator.
+
+    Args:
+        config: the model.
+        platform: chooses layers and device.
+        parallel: how the model is cut.
+        precision: number format of the weights.
+        pre_process: whether the embedding is in this part.
+        post_process: whether the output layer is in this part; without it the result is hidden states [s, b, h].
+        vp_stage: which model chunk of this rank, under the interleaved schedule.
+
+    Raises:
+        BadInput: the platform cannot do what `parallel` asks for.
+    """
+    import torch
+    from megatron.core.models.gpt import GPTModel
+
+    transformer = transformer_config(config, platform=platform, parallel=parallel, precision=precision)
+    model = GPTModel(
+        transformer,
+        layer_spec(transformer, platform, vp_stage=vp_stage),
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_positions,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=config.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.rope_theta,
+        # GPTModel's scaling is Llama 3's: frequency factors 1 and 4, original length 8192
+        rope_scaling=config.rope_factor is not None,
+        rope_scaling_factor=config.rope_factor or 1.0,
+        vp_stage=vp_stage,
+    )
+    return model.cuda(torch.cuda.current_device()) if platform.device == "cuda" else model
+
+
+def transformer_config(
+    config: ModelConfig, *, platform: Platform, parallel: ParallelConfig, precision: PrecisionConfig
+) -> TransformerConfig:
+    """megatron's settings object for this model on this platform.
+
+    Raises:
+        BadInput: context parallelism without Transformer Engine.
+    """
+    import torch
+    from megatron.core.transformer import TransformerConfig
+
+    engine = platform.layer_family == "transformer_engine"
+    if parallel.context > 1 and not engine:
+        raise BadInput(
+            f"parallel.context {parallel.context} needs Transformer Engine, which is not here",
+            fix="set parallel.context to 1, or run where `octo doctor` finds Transformer Engine",
+        )
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision.dtype]
+    interleaved = parallel.virtual_pipeline is not None
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_kv_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=config.init_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision.dtype == "bf16",
+        calculate_per_token_loss=True,  # DDP reads it when it is built
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,  # batched sends deadlock at two interleaved ranks
+        deallocate_pipeline_outputs=True,
+        # on the CPU: the same weights at any tensor-parallel size
+        use_cpu_initialization=platform.device == "cpu",
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=engine,
+        apply_rope_fusion=engine,
+        bias_activation_fusion=engine,
+        bias_dropout_fusion=engine,
+    )

@@ -1,0 +1,71 @@
+"""Weights of a model in a torch_dist folder: one layout for imports and for a run's saves.
+
+Keys are megatron's, without a prefix: `embedding.word_embeddings.weight`,
+`decoder.layers.self_attention.linear_qkv.weight` with all layers stacked on axis 0, and so on. They are the
+same whichever layers made them and however the model was cut, so any layout reads any folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_octo.config.base import to_dict
+from megatron_octo.errors import BadInput, OctoError
+from megatron_octo.rundir import differences, read_json
+
+if TYPE_CHECKING:
+    from megatron_octo.config.model import ModelConfig
+
+MODEL_FILE = "model.json"
+EXTRA_STATE = "_extra_state"  # a layer's own record (FP8 scales), in a run's saves only: an import has weights alone
+NOT_IN_WEIGHTS = ("max_positions", "init_std")  # fields of a ModelConfig that no weight depends on
+
+
+def sharded_weights(chunks: Sequence[Any]) -> dict[str, Any]:
+    """This rank's part of the weights, as dist_checkpointing takes it. `chunks` are bare GPTModels."""
+    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def put_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
+    """Put what dist_checkpointing loaded for `sharded_weights` into the chunks."""
+    for index, chunk in enumerate(chunks):
+        keys = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if not key.endswith(EXTRA_STATE))]
+        if wrong:
+            raise OctoError(f"the checkpoint and the model do not fit: {', '.join(wrong[:5])}", fix="use another save")
+
+
+def save_weights(chunks: Sequence[Any], folder: Path) -> None:
+    """Write the weights, and nothing else, into the existing empty `folder`. All ranks call it."""
+    from megatron.core import dist_checkpointing
+
+    dist_checkpointing.save(sharded_weights(chunks), str(folder))
+
+
+def load_weights(chunks: Sequence[Any], folder: Path) -> None:
+    """Fill the chunks with the weights in `folder`, however the model that wrote them was cut. All ranks call it."""
+    from megatron.core import dist_checkpointing
+
+    wanted = {
+        name: {key: entry for key, entry in part.items() if not key.endswith(EXTRA_STATE)}
+        for name, part in sharded_weights(chunks).items()
+    }
+    put_weights(chunks, dist_checkpointing.load(wanted, str(folder)))
+
+
+def check_shape(config: ModelConfig, folder: Path) -> None:
+    """Refuse weights of another model; reads `folder/model.json` only.
+
+    Raises:
+        BadInput: a field that the weights depend on differs.
+    """
+    differing = [
+        each for each in differences(read_json(folder / MODEL_FILE), to_dict(config)) if each[0] not in NOT_IN_WEIGHTS
+    ]
+    if differing:
+        lines = "\n".join(f"  model.{name}: {old!r} there, {new!r} asked for" for name, old, new in differing)
+        raise BadInput(
+            f"the weights in {folder} are of another model:\n{lines}", fix="correct the recipe's model section"
+        )

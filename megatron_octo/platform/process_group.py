@@ -1,0 +1,103 @@
+"""Process groups: who this rank is, by the launcher's environment variables, and megatron's groups around a block."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_octo.errors import BadInput
+
+if TYPE_CHECKING:
+    from megatron_octo.config.train import ParallelConfig
+    from megatron_octo.platform import Platform
+
+PIPELINE_SEED_OFFSET = 100  # stages draw different weights; megatron's own convention
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """This process among those started together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Rank on this host; chooses the GPU."""
+
+
+def started_by_launcher() -> bool:
+    """Whether torchrun, or srun with several tasks, started this process."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def world() -> World:
+    """This process's place: as torchrun states it, else as srun does, else alone. Reads the environment only.
+
+    Raises:
+        BadInput: started by srun with several tasks, but without an address to meet at.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return World(
+            rank=int(env["RANK"]), size=int(env["WORLD_SIZE"]), local_rank=int(env.get("LOCAL_RANK", env["RANK"]))
+        )
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))  # unset in a batch script itself, whatever --ntasks is
+    if tasks == 1:
+        return World()
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        raise BadInput(
+            f"srun started {tasks} tasks and MASTER_ADDR or MASTER_PORT is not set",
+            fix="export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1) and a free MASTER_PORT",
+        )
+    return World(
+        rank=int(env["SLURM_PROCID"]), size=tasks, local_rank=int(env.get("SLURM_LOCALID", env["SLURM_PROCID"]))
+    )
+
+
+@contextlib.contextmanager
+def model_parallel(platform: Platform, parallel: ParallelConfig, *, seed: int = 0) -> Iterator[None]:
+    """Megatron's groups and seeds for the block; all ranks enter it together.
+
+    Activates the platform. An initialised process group is used and left as it is; otherwise one is made from
+    `world()`, without a port when this process is alone, and destroyed at the end.
+    """
+    import torch
+    import torch.distributed as dist
+
+    me = world()
+    if platform.device == "cuda":
+        torch.cuda.set_device(me.local_rank)
+    platform.activate()
+    from megatron.core import parallel_state, tensor_parallel
+
+    ours = not dist.is_initialized()
+    if ours:
+        _init(platform, me)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+        )
+        stage_seed = seed + PIPELINE_SEED_OFFSET * parallel_state.get_pipeline_model_parallel_rank()
+        torch.manual_seed(stage_seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if ours:
+            dist.destroy_process_group()
+
+
+def _init(platform: Platform, me: World) -> None:
+    import torch.distributed as dist
+
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(me.rank), str(me.size)  # for logs, and for megatron
+    os.environ.setdefault("LOCAL_RANK", str(me.local_rank))
+    if me.size == 1:
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(platform.backend)

@@ -1,0 +1,49 @@
+"""AdamW through megatron's optimizer; its numbers come from the settings, never from a save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_octo.config.train import MidTrainConfig
+
+
+def build_optimizer(wrapped: Sequence[Any], config: MidTrainConfig) -> Any:
+    """The optimizer of this rank's chunks. All ranks call it."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    ours, parallel = config.optimizer, config.parallel
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.learning_rate.peak,
+            weight_decay=ours.weight_decay,
+            adam_beta1=ours.beta1,
+            adam_beta2=ours.beta2,
+            adam_eps=ours.eps,
+            clip_grad=ours.clip_norm,
+            bf16=config.precision.dtype == "bf16",
+            params_dtype=wrapped[0].config.params_dtype,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+        ),
+        list(wrapped),
+    )
+    set_numbers(optimizer, config)
+    return optimizer
+
+
+def set_numbers(optimizer: Any, config: MidTrainConfig) -> None:
+    """Give every parameter group this stage's decay, betas and eps; loading a save brings the parent's."""
+    ours = config.optimizer
+    for group in optimizer.param_groups:
+        group["weight_decay"] = ours.weight_decay * group["wd_mult"]  # 0 for norms
+        group["betas"] = (ours.beta1, ours.beta2)
+        group["eps"] = ours.eps
+
+
+def set_rate(optimizer: Any, rate: float) -> None:
+    """Give every parameter group the learning rate of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

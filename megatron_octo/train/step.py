@@ -1,0 +1,101 @@
+"""One optimizer step: forward and backward of all micro-batches through megatron's schedule, clip, update.
+
+Shapes: b sequences of a micro-batch, s tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_octo.errors import OctoError
+from megatron_octo.train.distributed import bare, mean_loss
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_octo.config.train import MidTrainConfig
+    from megatron_octo.data.loader import Loader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step says of itself, the same on all ranks."""
+
+    loss: float
+    """Mean over the step's tokens, before the update."""
+    grad_norm: float
+    """Global norm before clipping."""
+
+
+def train_step(
+    wrapped: Sequence[Any],
+    optimizer: Any,
+    loader: Loader,
+    *,
+    consumed_sequences: int,
+    config: MidTrainConfig,
+    schedule: Callable[..., list[Any]],
+) -> StepResult:
+    """Train on the step's batch. All ranks call it.
+
+    Raises:
+        OctoError: the loss is not finite; on all ranks alike, before the weights change on disk.
+    """
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    batches = [loader.step(consumed_sequences) for _ in wrapped]
+    parts = schedule(
+        forward_step_func=forward_step,
+        data_iterator=batches if len(wrapped) > 1 else batches[0],
+        model=list(wrapped) if len(wrapped) > 1 else wrapped[0],
+        num_microbatches=loader.num_micro_batches,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.budget.micro_batch_sequences,
+        forward_only=False,
+    )
+    loss = mean_loss(parts, loader.device)
+    if not abs(loss) < float("inf"):
+        raise OctoError(
+            f"the loss is {loss} after {consumed_sequences:,} sequences",
+            fix="resume from the last save; if it recurs, lower learning_rate.peak or look at the data there",
+        )
+    _, grad_norm, _ = optimizer.step()
+    return StepResult(loss=loss, grad_norm=float(grad_norm))
+
+
+def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """A forward pass of one chunk, in the form that megatron's schedules call: (output, its loss function)."""
+    chunk = bare(model)
+    if not (chunk.pre_process or chunk.post_process):  # a stage in the middle gets its input from the one before
+        return model(None, None, None), loss_sum
+    batch = _context_share(next(batches), chunk.config)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, functools.partial(loss_sum, loss_mask=batch["loss_mask"])
+
+
+def loss_sum(losses: torch.Tensor, *, loss_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of the token losses, tokens, both detached for the log); megatron divides the gradient by all tokens.
+
+    Args:
+        losses: [b, s].
+        loss_mask: [b, s], 1 where a token counts.
+    """
+    import torch
+
+    total = (losses.float() * loss_mask).sum()
+    tokens = loss_mask.sum()
+    return total, tokens.int(), torch.stack([total.detach(), tokens]).double()
+
+
+def _context_share(batch: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """This rank's share of each sequence under context parallelism."""
+    if config.context_parallel_size == 1:
+        return batch
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    share: dict[str, torch.Tensor] = get_batch_on_this_cp_rank(batch)
+    return share

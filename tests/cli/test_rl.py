@@ -1,0 +1,57 @@
+"""`octo rl`: dry runs, help, bad input."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Octo, snapshot
+
+pytest.importorskip("openrlhf", reason="openrlhf is not installed")
+MINIATURE = "recipes/miniature.py"
+
+
+def test_a_dry_run_prints_openrlhf_s_command_and_touches_nothing(octo: Octo, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    done = octo("rl", f"{MINIATURE}:rl_long", "--dry-run", "--learning-rate", "3e-4")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout, comments=True)
+    assert words[:3] == ["python", "-m", "openrlhf.cli.train_ppo_ray"]
+    assert words[words.index("--actor.adam.lr") + 1] == "0.0003"
+    assert words[words.index("--rollout.max_new_tokens") + 1] == "112"
+    assert snapshot(tmp_path) == before
+
+
+def test_a_pipeline_stands_for_all_its_rl_runs(octo: Octo) -> None:
+    done = octo("rl", MINIATURE, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    names = [run["name"] for run in json.loads(done.stdout)]
+    assert names == ["miniature-rl-short", "miniature-rl-long", "miniature-rl-hybrid"]
+
+
+def test_several_recipes_are_several_runs(octo: Octo) -> None:
+    done = octo("rl", f"{MINIATURE}:rl_long", f"{MINIATURE}:rl_short", "--dry-run", "--json")
+    assert [run["name"] for run in json.loads(done.stdout)] == ["miniature-rl-long", "miniature-rl-short"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((f"{MINIATURE}:rl_lung",), "did you mean 'rl_long'?"),
+        ((f"{MINIATURE}:stable",), "is a MidTrainConfig; this command needs a RLConfig or PipelineConfig"),
+        ((f"{MINIATURE}:rl_long", f"{MINIATURE}:rl_long"), "two runs would write to"),
+        ((f"{MINIATURE}:rl_long", f"{MINIATURE}:rl_short", "--seed", "3"), "options for 2 recipes at once"),
+        ((f"{MINIATURE}:rl_long",), "lacks config.json"),
+        ((f"{MINIATURE}:rl_long", "--lerning-rate", "3"), "lerning-rate"),
+        ((), "RECIPE"),
+    ],
+)
+def test_bad_input_ends_with_2_and_says_what(octo: Octo, tmp_path: Path, args: tuple[str, ...], said: str) -> None:
+    before = snapshot(tmp_path)
+    done = octo("rl", *args)
+    assert done.returncode == 2
+    assert said in done.stderr + done.stdout
+    assert snapshot(tmp_path) == before

@@ -1,0 +1,336 @@
+"""Conversion proven on real megatron-core: logits, layouts, real weights, and mistakes that must be caught.
+
+Run as a script this file is the two launches that the tests share: `single` and, under torchrun, `layouts`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_octo import lineage, rundir
+from megatron_octo.config.base import to_dict
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.pipeline import RandomBaseConfig
+from megatron_octo.config.train import ParallelConfig, PrecisionConfig
+from megatron_octo.errors import BadInput, VerificationError
+
+REPOSITORY = Path(__file__).parents[2]
+DATA = Path(os.environ.get("OCTO_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+STORIES = DATA / "stories260K"
+NEW_TOKENS = 256  # what golden_greedy.txt holds
+
+MODEL = ModelConfig(
+    hidden_size=64,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_size=96,
+    vocab_size=64,
+    tied_embeddings=False,
+    rope_factor=32.0,
+    max_positions=2048,
+    init_std=0.15,  # attention that depends on positions, as a trained model's does
+)
+LAYOUTS = {
+    "tensor": ParallelConfig(tensor=2),
+    "pipeline": ParallelConfig(pipeline=2),
+    "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "data": ParallelConfig(),
+}
+
+
+# ---- the tests
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, `base`, a random model, and `import`, made from it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from megatron_octo.convert.from_hf import from_hf
+    from megatron_octo.convert.random_base import random_base
+
+    folder = tmp_path_factory.mktemp("convert")
+    vocabulary = {name: index for index, name in enumerate(["<s>", "</s>", "<unk>"])}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")), bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder / "words")
+    random_base(RandomBaseConfig(model=MODEL, tokenizer=folder / "words", output=folder / "base"))
+    from_hf(folder / "base", folder / "import")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(work: Path) -> dict[str, Any]:
+    """What one process found out."""
+    return _launch([sys.executable], "single", work)
+
+
+@pytest.fixture(scope="module")
+def layouts(work: Path) -> Path:
+    """A folder of saves: the import, loaded and saved again by two ranks at each layout."""
+    _launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "layouts", work)
+    return work / "layouts"
+
+
+@pytest.mark.timeout(600)
+def test_an_export_gives_the_logits_of_the_megatron_model(single: dict[str, Any]) -> None:
+    for dtype in ("fp32", "bf16"):
+        report = single["verified"][dtype]
+        assert report["num_tensors"] == 4 * 9 + 3
+        assert report["num_positions"] >= 1000
+        assert report["num_argmax_differences"] == 0
+        assert report["max_logit_difference"] <= 1e-6 * report["max_logit"] <= 1e-4
+        assert 0 <= report["mean_kl"] < 1e-10
+
+
+def test_a_round_trip_leaves_every_byte(single: dict[str, Any], work: Path) -> None:
+    names = [f"{folder}/model.safetensors" for folder in ("base", "fp32")]
+    first, second = ((work / name).read_bytes() for name in names)
+    assert first == second
+
+
+MISTAKES = (
+    "heads swapped",
+    "gate and up exchanged",
+    "rotary factor both ways",
+    "rotary factor",
+    "key and value exchanged",
+)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_mapping_is_caught_and_leaves_no_export(single: dict[str, Any], mistake: str) -> None:
+    found = single["mistakes"][mistake]
+    assert "VerificationError" in found["raised"], found
+    assert not found["left_behind"]
+
+
+def test_mistakes_that_a_round_trip_cannot_see_show_in_the_logits(single: dict[str, Any]) -> None:
+    assert "describes another model: rope_factor" in single["mistakes"]["rotary factor"]["raised"]
+    for mistake in set(MISTAKES) - {"rotary factor"}:
+        assert "logits differ by up to" in single["mistakes"][mistake]["raised"]
+
+
+def test_a_changed_export_fails_a_later_check_and_loses_its_report(single: dict[str, Any]) -> None:
+    assert "1 tensors differ" in single["changed"]["raised"]
+    assert not single["changed"]["left_behind"]
+
+
+def test_a_trained_model_writes_its_story_after_both_conversions(single: dict[str, Any]) -> None:
+    if not STORIES.is_dir():
+        pytest.skip(f"no trained weights: {STORIES} is absent (OCTO_TEST_DATA names its parent)")
+    stories = single["stories"]
+    assert stories["text"].startswith((STORIES / "golden_greedy.txt").read_text())
+    assert stories["num_tokens"] == NEW_TOKENS + 1
+    assert stories["verified"]["max_logit_difference"] < 1e-4
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_loads_an_import_and_its_save_is_read_at_any_layout(layouts: Path, work: Path, layout: str) -> None:
+    import torch
+
+    from megatron_octo.convert.save import Save
+    from megatron_octo.model import mapping
+
+    imported, saved = Save(work / "import"), Save(layouts / layout)
+    for weight in mapping.weights(MODEL):
+        assert torch.equal(saved.read(weight.key, weight.layer), imported.read(weight.key, weight.layer)), weight
+
+
+def test_an_export_from_any_layout_is_the_same_file(layouts: Path, work: Path, tmp_path: Path) -> None:
+    from megatron_octo.convert.to_hf import to_hf
+
+    for layout in LAYOUTS:
+        to_hf(layouts / layout, tmp_path / layout, work / "words", dtype="fp32", verify=False)
+        exported = (tmp_path / layout / "model.safetensors").read_bytes()
+        assert exported == (work / "base/model.safetensors").read_bytes()
+
+
+def _launch(launcher: list[str], what: str, work: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [*launcher, __file__, what, str(work)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads((work / f"{what}.json").read_text())
+    return result
+
+
+# ---- what the launches do
+
+
+def _single(work: Path) -> dict[str, Any]:
+    from megatron_octo.convert.to_hf import to_hf
+
+    verified = {}
+    for dtype in ("fp32", "bf16"):
+        to_hf(work / "import", work / dtype, work / "words", dtype=dtype)
+        verified[dtype] = rundir.read_json(work / dtype / "verify.json")
+    mistakes = {}
+    for name, make in _mistakes().items():
+        with make():
+            mistakes[name] = _attempt(
+                lambda: to_hf(work / "import", work / "wrong", work / "words", dtype="fp32"), work / "wrong"
+            )
+    found = {"verified": verified, "mistakes": mistakes, "changed": _changed(work)}
+    return found | ({"stories": _stories(work)} if STORIES.is_dir() else {})
+
+
+def _attempt(call: Callable[[], object], output: Path) -> dict[str, Any]:
+    raised = "nothing"
+    try:
+        call()
+    except (VerificationError, BadInput) as error:
+        raised = f"{type(error).__name__}: {error}"
+    return {"raised": raised, "left_behind": [str(p) for p in output.parent.glob(f"*{output.name}*")]}
+
+
+def _changed(work: Path) -> dict[str, Any]:
+    """An export whose smallest possible change came after it was verified."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from megatron_octo.convert.verify import verify
+
+    folder = Path(shutil.copytree(work / "fp32", work / "changed"))
+    tensors = load_file(folder / "model.safetensors")
+    norm = tensors["model.norm.weight"]
+    norm[0] = torch.nextafter(norm[0], torch.tensor(2.0))
+    save_file(tensors, folder / "model.safetensors")
+    return _attempt(lambda: verify(work / "import", folder), folder / "verify.json")
+
+
+def _mistakes() -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Each makes the same mistake in both directions, but for `rotary factor`."""
+    from megatron_octo.model import mapping
+
+    def reordered(key: str, change: Callable[[list[Any]], list[Any]]) -> contextlib.AbstractContextManager[None]:
+        """`change` is its own inverse and stands between the parts of the tensors `key` and their names."""
+        join, split = mapping.Weight.join, mapping.Weight.split
+        return _patched(
+            mapping.Weight,
+            join=lambda self, parts: join(self, change(list(parts)) if key in self.key else parts),
+            split=lambda self, tensor: change(split(self, tensor)) if key in self.key else split(self, tensor),
+        )
+
+    def swap_heads(parts: list[Any]) -> list[Any]:
+        import torch
+
+        query = parts[0].reshape(MODEL.num_heads, MODEL.head_dim, -1)
+        return [torch.cat([query[1:2], query[:1], query[2:]]).reshape(parts[0].shape), *parts[1:]]
+
+    read, write = mapping.LLAMA.read, mapping.LLAMA.write
+
+    def family(**changes: Any) -> contextlib.AbstractContextManager[None]:
+        return _patched(mapping, LLAMA=(changed := replace(mapping.LLAMA, **changes)), FAMILIES={"llama": changed})
+
+    def write_eight(model: ModelConfig) -> dict[str, Any]:
+        return write(replace(model, rope_factor=8.0))
+
+    return {
+        "heads swapped": lambda: reordered("linear_qkv.weight", swap_heads),
+        "key and value exchanged": lambda: reordered("linear_qkv.weight", lambda parts: [parts[0], parts[2], parts[1]]),
+        "gate and up exchanged": lambda: reordered("linear_fc1.weight", lambda parts: parts[::-1]),
+        "rotary factor": lambda: family(write=write_eight),
+        "rotary factor both ways": lambda: family(
+            write=write_eight, read=lambda config, origin: replace(read(config, origin), rope_factor=MODEL.rope_factor)
+        ),
+    }
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def _stories(work: Path) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_octo.convert.from_hf import from_hf
+    from megatron_octo.convert.to_hf import to_hf
+
+    from_hf(STORIES, work / "stories-import")
+    folder = to_hf(work / "stories-import", work / "stories", STORIES, dtype="fp32")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    start = torch.tensor([[tokenizer.bos_token_id]])
+    tokens = model.generate(start, do_sample=False, max_new_tokens=NEW_TOKENS)[0]
+    return {
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "num_tokens": len(tokens),
+        "verified": rundir.read_json(folder / "verify.json"),
+    }
+
+
+def _layouts(work: Path) -> dict[str, Any]:
+    """Load the import at each layout and save it again, as a training run does."""
+    import torch.distributed as dist
+
+    from megatron_octo.model.build import build_model
+    from megatron_octo.model.weights import load_weights, save_weights
+    from megatron_octo.platform import resolve
+    from megatron_octo.platform.process_group import model_parallel
+
+    platform = resolve()
+    platform.activate()
+    dist.init_process_group(platform.backend)
+    from megatron.core import parallel_state as groups
+
+    for name, parallel in LAYOUTS.items():
+        with model_parallel(platform, parallel, seed=7):
+            stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
+            chunks = [
+                build_model(
+                    MODEL,
+                    platform=platform,
+                    parallel=parallel,
+                    precision=PrecisionConfig(dtype="fp32"),
+                    pre_process=groups.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                    post_process=groups.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                    vp_stage=stage,
+                )
+                for stage in stages
+            ]
+            load_weights(chunks, work / "import")
+            folder = work / "layouts" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            save_weights(chunks, folder)
+            if dist.get_rank() == 0:
+                rundir.write_json(folder / "model.json", to_dict(MODEL))
+                lineage.write(folder, lineage.Lineage(name=name, kind="train", weights_sha256=name, step=1))
+                rundir.mark_done(folder)
+            dist.barrier()
+    dist.destroy_process_group()
+    return {}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    result = {"single": _single, "layouts": _layouts}[sys.argv[1]](folder)
+    if os.environ.get("RANK", "0") == "0":
+        rundir.write_json(folder / f"{sys.argv[1]}.json", result)

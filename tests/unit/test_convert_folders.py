@@ -1,0 +1,257 @@
+"""Conversion without megatron: folders in, folders out, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_octo import lineage, rundir
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.pipeline import RandomBaseConfig
+from megatron_octo.convert import hf_folder
+from megatron_octo.convert.from_hf import from_hf
+from megatron_octo.convert.random_base import random_base
+from megatron_octo.convert.save import Save, find_save
+from megatron_octo.convert.to_hf import to_hf
+from megatron_octo.errors import BadInput
+from megatron_octo.model import mapping
+from tests.conftest import snapshot
+
+MODEL = ModelConfig(
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_size=24,
+    vocab_size=32,
+    tied_embeddings=False,
+    max_positions=64,
+)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder of 20 ids, begin 1, end 2."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocabulary = {name: index for index, name in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnop"])}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
+    """A folder with `base`, a random model, and `import`, made from it."""
+    folder = tmp_path_factory.mktemp("made")
+    random_base(RandomBaseConfig(model=MODEL, tokenizer=words, output=folder / "base"))
+    from_hf(folder / "base", folder / "import")
+    return folder
+
+
+@pytest.fixture
+def base(made: Path, tmp_path: Path) -> Path:
+    """The random model, to spoil."""
+    return Path(shutil.copytree(made / "base", tmp_path / "base"))
+
+
+def test_weights_return_byte_for_byte(made: Path, words: Path, tmp_path: Path) -> None:
+    to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=False)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (made / "base/model.safetensors").read_bytes()
+
+
+def test_an_export_is_a_whole_hugging_face_folder(made: Path, words: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    out = to_hf(made / "import", tmp_path / "out", words, verify=False)
+    assert rundir.is_done(out)
+    assert AutoConfig.from_pretrained(out).dtype == torch.bfloat16
+    assert GenerationConfig.from_pretrained(out).eos_token_id == AutoTokenizer.from_pretrained(out).eos_token_id == 2
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    chain = lineage.read(out).chain()
+    assert [each.kind for each in chain] == ["base", "import", "export"]
+    assert chain[-1].weights_sha256 == rundir.sha256_folder(out, "*.safetensors")
+    assert "Llama" not in (out / "README.md").read_text()
+
+
+def test_the_eos_ids_beside_the_tokenizer_win(made: Path, words: Path, tmp_path: Path) -> None:
+    tokenizer = shutil.copytree(words, tmp_path / "words")
+    rundir.write_json(tokenizer / "generation_config.json", {"eos_token_id": [2, 5], "temperature": 0.6})
+    out = to_hf(made / "import", tmp_path / "out", tokenizer, verify=False)
+    stated = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0}
+    assert rundir.read_json(out / "generation_config.json") == stated
+    assert rundir.read_json(out / "config.json")["eos_token_id"] == [2, 5]
+
+
+def test_a_card_of_a_llama_states_its_licence(made: Path, words: Path, tmp_path: Path) -> None:
+    renamed = shutil.copytree(made / "import", tmp_path / "import")
+    parent = lineage.Lineage(name="Llama-3.2-1B", kind="base", weights_sha256="")
+    lineage.write(renamed, replace(lineage.read(renamed), parent=parent))
+    out = to_hf(renamed, tmp_path / "out", words, verify=False)
+    assert "Llama Community License" in (out / "README.md").read_text()
+
+
+def test_number_formats_stay_as_they_are(base: Path, tmp_path: Path) -> None:
+    tensors = {name: t.to(torch.bfloat16) for name, t in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    save = Save(from_hf(base, tmp_path / "import"))
+    assert save.read("decoder.layers.mlp.linear_fc2.weight", 1).dtype == torch.bfloat16
+
+
+def test_large_models_are_written_and_read_in_numbered_files(base: Path, tmp_path: Path) -> None:
+    weights = hf_folder.Weights(base)
+    tensors = [hf_folder.Named(name=n, shape=s, make=lambda n=n: weights.read(n)) for n, s in weights.shapes.items()]
+    out = tmp_path / "sharded"
+    out.mkdir()
+    hf_folder.write_weights(out, tensors, "fp32", max_file_bytes=4096)
+    shutil.copy(base / "config.json", out)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * MODEL.num_parameters
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
+    assert all((out / file).stat().st_size < 8192 for file in files)
+    assert from_hf(out, tmp_path / "import")
+    again, once = Save(tmp_path / "import"), Save(from_hf(base, tmp_path / "once"))
+    for weight in mapping.weights(MODEL):
+        assert torch.equal(again.read(weight.key, weight.layer), once.read(weight.key, weight.layer))
+
+
+def test_random_weights_follow_from_the_seed(made: Path, words: Path, tmp_path: Path) -> None:
+    config = RandomBaseConfig(model=MODEL, tokenizer=words, output=tmp_path / "same")
+    random_base(config)
+    random_base(replace(config, output=tmp_path / "other", seed=1))
+    same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("same", "other"))
+    assert same == (made / "base/model.safetensors").read_bytes() != other
+
+
+def test_random_weights_have_the_spread_asked_for(tmp_path: Path, words: Path) -> None:
+    wide = replace(MODEL, hidden_size=128, ffn_size=256, num_layers=8, init_std=0.05)
+    random_base(RandomBaseConfig(model=wide, tokenizer=words, output=tmp_path / "base"))
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    assert tensors["model.layers.3.mlp.up_proj.weight"].std().item() == pytest.approx(0.05, rel=0.02)
+    assert tensors["model.layers.3.mlp.down_proj.weight"].std().item() == pytest.approx(0.05 / 4, rel=0.02)
+    assert bool((tensors["model.norm.weight"] == 1).all())
+
+
+def test_a_second_call_changes_nothing(made: Path, words: Path, tmp_path: Path) -> None:
+    to_hf(made / "import", tmp_path / "out", words, verify=False)
+    before = snapshot(tmp_path), (tmp_path / "out/DONE").stat().st_mtime_ns
+    to_hf(made / "import", tmp_path / "out", words, verify=False)
+    assert (snapshot(tmp_path), (tmp_path / "out/DONE").stat().st_mtime_ns) == before
+    before_made = snapshot(made)
+    from_hf(made / "base", made / "import")
+    random_base(RandomBaseConfig(model=MODEL, tokenizer=words, output=made / "base"))
+    assert snapshot(made) == before_made
+
+
+def test_an_output_made_from_something_else_is_kept_unless_overwritten(made: Path, words: Path, tmp_path: Path) -> None:
+    other = RandomBaseConfig(model=MODEL, tokenizer=words, output=tmp_path / "base", seed=1)
+    random_base(other)
+    from_hf(tmp_path / "base", tmp_path / "import")
+    to_hf(tmp_path / "import", tmp_path / "out", words, verify=False)
+    before = snapshot(tmp_path)
+    refused = [
+        lambda: random_base(replace(other, seed=2)),
+        lambda: from_hf(made / "base", tmp_path / "import"),
+        lambda: to_hf(made / "import", tmp_path / "out", words, verify=False),
+        lambda: to_hf(tmp_path / "import", tmp_path / "out", words, verify=False, dtype="fp32"),
+    ]
+    for call in refused:
+        with pytest.raises(BadInput, match=r"other|not float32"):
+            call()
+    assert snapshot(tmp_path) == before
+    from_hf(made / "base", tmp_path / "import", overwrite=True)
+    assert lineage.read(tmp_path / "import").parent == lineage.read(made / "base")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_things_in_it_is_never_replaced(
+    made: Path, words: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    before = snapshot(tmp_path)
+    for call in (
+        lambda: from_hf(made / "base", tmp_path / "mine", overwrite=overwrite),
+        lambda: to_hf(made / "import", tmp_path / "mine", words, overwrite=overwrite),
+        lambda: to_hf(made / "import", made / "import", words, overwrite=overwrite),
+        lambda: from_hf(made / "base", made / "base", overwrite=overwrite),
+    ):
+        with pytest.raises(BadInput, match="holds something else"):
+            call()
+    assert snapshot(tmp_path) == before
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(base: Path, tmp_path: Path) -> None:
+    whole = load_file(base / "model.safetensors")
+    gate = "model.layers.1.mlp.gate_proj.weight"
+    spoilt = {
+        f"{gate} is missing": {name: t for name, t in whole.items() if name != gate},
+        f"{gate} is (24, 8), the model has (24, 16)": {**whole, gate: whole[gate][:, :8].contiguous()},
+        "model.layers.0.self_attn.q_proj.bias is unknown": {
+            **whole,
+            "model.layers.0.self_attn.q_proj.bias": torch.ones(16),
+        },
+        "is I64": {**whole, gate: whole[gate].long()},
+        "of several number formats": {**whole, gate: whole[gate].half()},
+    }
+    for told, tensors in spoilt.items():
+        save_file(tensors, base / "model.safetensors")
+        with pytest.raises(BadInput) as refused:
+            from_hf(base, tmp_path / "import")
+        assert told in str(refused.value)
+    assert not (tmp_path / "import").exists()
+
+
+def test_tensors_that_follow_from_others_are_passed_over(base: Path, tmp_path: Path) -> None:
+    whole = load_file(base / "model.safetensors")
+    whole["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(whole, base / "model.safetensors")
+    assert rundir.is_done(from_hf(base, tmp_path / "import"))
+
+
+def test_a_folder_without_safetensors_is_refused(base: Path, tmp_path: Path) -> None:
+    (base / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match=r"no \*\.safetensors"):
+        from_hf(base, tmp_path / "import")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(words: Path, tmp_path: Path) -> None:
+    small = RandomBaseConfig(model=replace(MODEL, vocab_size=16), tokenizer=words, output=tmp_path / "base")
+    with pytest.raises(BadInput, match="has 20 ids, the model 16 rows"):
+        random_base(small)
+    with pytest.raises(BadInput, match="no tokenizer"):
+        random_base(replace(small, tokenizer=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_stands_for_its_last_whole_save(made: Path, tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        shutil.copytree(made / "import", rundir.step_folder(tmp_path, step))
+    (rundir.step_folder(tmp_path, 10) / "DONE").unlink()
+    assert find_save(tmp_path) == rundir.step_folder(tmp_path, 2)
+    assert find_save(rundir.step_folder(tmp_path, 1)) == rundir.step_folder(tmp_path, 1)
+    for torn in (rundir.step_folder(tmp_path, 10), tmp_path / "checkpoints", tmp_path / "absent"):
+        with pytest.raises(BadInput):
+            find_save(torn)
+
+
+def test_a_save_of_another_shape_than_its_model_json_says_is_refused(made: Path, tmp_path: Path) -> None:
+    spoilt = shutil.copytree(made / "import", tmp_path / "import")
+    rundir.write_json(spoilt / "model.json", {**rundir.read_json(spoilt / "model.json"), "ffn_size": 12})
+    with pytest.raises(
+        BadInput, match=r"linear_fc1.weight is \(2, 48, 16\), the model of model.json has \(2, 24, 16\)"
+    ):
+        Save(spoilt)
