@@ -30,8 +30,12 @@ def run_ranks(command: Sequence[str], num_ranks: int) -> None:
         "megatron_octo",
         *command,
     ]
+    env = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),  # torchrun's own, of pynvml's name
+    }
     with terminate_as_interrupt():
-        code = run(argv, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+        code = run(argv, env=env)
     if code != 0:
         raise OctoError(
             f"{num_ranks} ranks of `octo {' '.join(command)}` ended with exit code {code}",

@@ -1,0 +1,180 @@
+"""What two ranks do for `test_train.py`, in one launch: many small stages, one after another.
+
+Run by torchrun with two ranks: `-m tests.cpu.matrix FOLDER`. Rank 0 first trains alone, without a group; then
+both train together, layout after layout; then rank 0 alone again. The metrics are in the run folders.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_octo import console, rundir
+from megatron_octo.config.data import SourceConfig
+from megatron_octo.config.schedule import ConstantRate, CosineRate
+from megatron_octo.config.train import (
+    FromImport,
+    FromRun,
+    FromScratch,
+    MidTrainConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
+from tests.prepared import stage, write_data, write_tokenizer, write_uniform_source
+
+LAYOUTS = {
+    "dp2": ParallelConfig(),
+    "dp2-overlap": ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True),
+    "tp2": ParallelConfig(tensor=2),
+    "tp2-sp": ParallelConfig(tensor=2, sequence=True),
+    "pp2": ParallelConfig(pipeline=2),
+    "pp2-vpp2": ParallelConfig(pipeline=2, virtual_pipeline=2),
+}
+# A save of the layout before the arrow is resumed by the one after it.
+CHANGES = {"tp2-sp": "pp2", "pp2": "dp2", "pp2-vpp2": "tp2", "dp2": "pp2-vpp2"}
+PEAK = 3e-3
+
+
+def main(folder: Path) -> None:
+    """Train everything below `folder`."""
+    console.configure()
+    os.environ["OCTO_RUNS"] = str(folder / "runs")
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        write_data(folder / "data")
+        write_uniform_source(folder / "data" / "uniform", write_tokenizer(folder / "data" / "tokenizer"))
+        with alone():
+            train_alone(folder)
+    train_together(folder)
+    if rank == 0:
+        with alone():
+            interrupt("dp2", "dp2-then-alone", after=10)
+            train(replace(child(folder, "dp2-then-alone"), parallel=ParallelConfig()))
+
+
+def train_alone(folder: Path) -> None:
+    """The stages of one rank: the reference, resume, branches, starts."""
+    data = folder / "data"
+    train(replace(stage(data, "base", steps=1)))
+    train(child(folder, "reference"))
+
+    # an interrupted attempt that went beyond its last save, and left a torn one
+    interrupt("reference", "resumed", after=10)
+    run = rundir.run_folder("resumed")
+    (run / "checkpoints" / ".step_00000015.1.tmp").mkdir()
+    rundir.step_folder(run, 16).mkdir()
+    train(child(folder, "resumed"))
+    train(child(folder, "resumed"))  # done: changes nothing
+
+    # branches of the reference's last save
+    branch = replace(child(folder, "decay"), start=FromRun(run="reference"))
+    decay = CosineRate(peak=PEAK, floor=PEAK / 10)
+    train(replace(branch, learning_rate=decay, save=replace(branch.save, every_steps=5, keep_last=2)))
+
+    # every sequence is the same, so a branch at the same rate is the parent gone on
+    uniform = uniform_stage(data, "uniform", steps=10)
+    train(uniform)
+    train(uniform_stage(data, "uniform-parent", steps=5))
+    for name, moments in (("uniform-child", True), ("uniform-fresh", False)):
+        start = FromRun(run="uniform-parent", optimizer=moments)
+        train(replace(uniform_stage(data, name, steps=5), start=start))
+
+    # an import is weights alone
+    shutil.copytree(rundir.step_folder(rundir.run_folder("base"), 1), folder / "import")
+    train(replace(short(stage(data, "imported", steps=2)), start=FromImport(path=folder / "import")))
+    train(bf16(folder, "bf16"))
+    write_groups(rundir.step_folder(run, 20), folder / "groups.json")
+
+
+def write_groups(save: Path, path: Path) -> None:
+    """Write the optimizer's parameter groups in a save as JSON."""
+    from megatron.core import dist_checkpointing
+
+    groups = dist_checkpointing.load_common_state_dict(save)["optimizer"]["optimizer"]["param_groups"]
+    rundir.write_json(path, [{key: value for key, value in group.items() if key != "params"} for group in groups])
+
+
+def train_together(folder: Path) -> None:
+    """Both ranks: the layouts, then the changes of layout. Both ranks call it."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    for name, layout in LAYOUTS.items():
+        train(replace(child(folder, name), parallel=layout))
+    for before, after in CHANGES.items():
+        name = f"{before}-then-{after}"
+        if dist.get_rank() == 0:
+            interrupt(before, name, after=10)
+        dist.barrier()
+        train(replace(child(folder, name), parallel=LAYOUTS[after]))
+    for name in ("dp2", "tp2-sp"):
+        if dist.get_rank() == 0:
+            interrupt(name, f"{name}-resumed", after=10)
+        dist.barrier()
+        train(replace(child(folder, f"{name}-resumed"), parallel=LAYOUTS[name]))
+    train(replace(bf16(folder, "bf16-tp2"), parallel=LAYOUTS["tp2-sp"]))
+    dist.destroy_process_group()
+
+
+def train(config: MidTrainConfig) -> None:
+    """`train`, imported late: the first call decides what this process is."""
+    from megatron_octo.train.run import train as run
+
+    run(config)
+
+
+def child(folder: Path, name: str) -> MidTrainConfig:
+    """20 steps from the weights and moments that all share, saved after 10."""
+    return replace(stage(folder / "data", name, steps=20, save_every=10), start=FromRun(run="base"))
+
+
+def bf16(folder: Path, name: str) -> MidTrainConfig:
+    """5 steps in bf16 from weights that were trained in fp32."""
+    small = replace(stage(folder / "data", name, steps=5), start=FromRun(run="base"))
+    return replace(small, precision=PrecisionConfig(dtype="bf16"))
+
+
+def uniform_stage(data: Path, name: str, *, steps: int) -> MidTrainConfig:
+    """A stage on the data set of equal sequences."""
+    config = stage(data, name, steps=steps, save_every=5)
+    sources = (SourceConfig(name="uniform", path=data / "uniform", weight=1.0),)
+    return replace(config, start=FromScratch(), data=replace(config.data, sources=sources))
+
+
+def short(config: MidTrainConfig) -> MidTrainConfig:
+    """The same with a constant rate of nearly nothing: its losses are those of the weights it started from."""
+    return replace(config, learning_rate=ConstantRate(peak=1e-12))
+
+
+def interrupt(source: str, name: str, *, after: int) -> None:
+    """Copy a run as it would be had it been killed at its end, its save after step `after` being the last."""
+    old, new = rundir.run_folder(source), rundir.run_folder(name)
+    shutil.copytree(old, new)
+    (new / rundir.DONE).unlink()
+    for save in (new / "checkpoints").glob("step_*"):
+        if int(save.name[5:]) > after:
+            shutil.rmtree(save)
+    config = rundir.read_json(new / "config.json")
+    rundir.write_json(new / "config.json", {**config, "name": name})
+    with (new / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "tok')  # killed while writing
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Without torchrun's variables: this process is one rank, without a group."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

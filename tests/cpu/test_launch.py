@@ -1,0 +1,92 @@
+"""`octo train --ranks 2`: ranks end with their launcher, and a killed stage goes on from its last save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.config.base import to_dict
+from megatron_octo.train.state import saved_steps
+from tests.conftest import REPOSITORY
+from tests.prepared import stage, write_data
+
+WAIT_S = 240
+NUM_STEPS = 4000
+
+pytestmark = pytest.mark.timeout(3 * WAIT_S)
+
+
+@pytest.fixture
+def recipe(runs: Path, tmp_path: Path) -> Path:
+    """A stage too long to end by itself, saved every 10 steps."""
+    write_data(tmp_path / "data")
+    config = stage(tmp_path / "data", "run", steps=NUM_STEPS, save_every=10)
+    rundir.write_json(tmp_path / "stage.json", to_dict(replace(config, log_every_steps=10)))
+    return tmp_path / "stage.json"
+
+
+@contextlib.contextmanager
+def started(recipe: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """`octo train RECIPE OPTIONS...`, running; stderr goes to a file beside the recipe."""
+    with (recipe.parent / "stderr").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_octo", "train", str(recipe), *options],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=log,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait_for(what: Callable[[], bool], recipe: Path) -> None:
+    """Wait until `what` holds."""
+    end = time.monotonic() + WAIT_S
+    while not what():
+        assert time.monotonic() < end, (recipe.parent / "stderr").read_text()[-3000:]
+        time.sleep(0.2)
+
+
+def test_a_killed_launch_leaves_no_rank_and_goes_on_from_its_last_save(recipe):
+    run = rundir.run_folder("run")
+    with started(recipe, "--ranks", "2") as process:
+        wait_for(lambda: bool(saved_steps(run)), recipe)
+        assert rundir.in_use(run)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not rundir.in_use(run), recipe)
+    step = saved_steps(run)[-1]
+
+    with started(recipe) as process:  # one rank: another layout
+        wait_for(lambda: saved_steps(run)[-1] > step, recipe)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT_S) == 130
+    assert f"resumed after step {step:,}" in (recipe.parent / "stderr").read_text()
+    assert not rundir.is_done(run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_an_interrupt_ends_all_ranks(recipe):
+    run = rundir.run_folder("run")
+    with started(recipe, "--ranks", "2") as process:
+        wait_for((run / "metrics.jsonl").exists, recipe)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT_S) == 130
+    assert not rundir.in_use(run)
+    assert "interrupted; run it again to continue" in (recipe.parent / "stderr").read_text()

@@ -1,0 +1,231 @@
+"""Training on megatron-core over gloo: layouts agree, resume is exact, branches leave the stable stage seamlessly.
+
+One launch of two ranks (`matrix.py`) trains everything; the tests read the run folders.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_octo import lineage, rundir
+from megatron_octo.config.base import to_dict
+from tests.conftest import REPOSITORY
+from tests.cpu.matrix import CHANGES, LAYOUTS, PEAK
+from tests.prepared import BATCH, SEQ_LENGTH, stage
+
+FP32_TOLERANCE = 5e-6  # docs/numerics.md
+BF16_TOLERANCE = 5e-3
+LAUNCH_TIMEOUT_S = 500
+
+pytestmark = pytest.mark.timeout(LAUNCH_TIMEOUT_S + 60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks have trained everything in `matrix.py`."""
+    path = tmp_path_factory.mktemp("matrix")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.cpu.matrix", str(path)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LAUNCH_TIMEOUT_S,
+        check=False,
+    )
+    (path / "log").write_text(done.stderr)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return path
+
+
+@pytest.fixture
+def metrics(folder: Path):
+    """The metrics of a run, by its name."""
+
+    def read(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+    return read
+
+
+@pytest.fixture
+def losses(metrics):
+    """The losses of a run, by its name."""
+    return lambda name: [row["train/loss"] for row in metrics(name)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_agrees_with_one_rank(layout, metrics):
+    reference, rows = metrics("reference"), metrics(layout)
+    assert len(rows) == len(reference) == 20
+    for ours, theirs in zip(rows, reference, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=FP32_TOLERANCE)
+        assert ours["optim/grad_norm"] == pytest.approx(theirs["optim/grad_norm"], rel=1e-5)
+
+
+def test_the_reference_learns(losses):
+    assert losses("reference")[-1] < losses("reference")[0] - 0.3
+
+
+def test_bf16_agrees_with_one_rank_and_with_fp32(losses):
+    assert losses("bf16-tp2") == pytest.approx(losses("bf16"), abs=BF16_TOLERANCE)
+    assert losses("bf16") == pytest.approx(losses("reference")[:5], abs=0.05)
+    assert losses("bf16") != losses("reference")[:5]
+
+
+def test_twenty_steps_are_ten_and_a_resume_and_ten_exactly(metrics):
+    kept = [(row["step"], row["tokens"], row["train/loss"], row["optim/grad_norm"]) for row in metrics("resumed")]
+    assert kept == [
+        (row["step"], row["tokens"], row["train/loss"], row["optim/grad_norm"]) for row in metrics("reference")
+    ]
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2-sp"])
+def test_a_resume_in_the_same_layout_is_exact(layout, losses):
+    assert losses(f"{layout}-resumed") == losses(layout)
+
+
+@pytest.mark.parametrize("change", [*(f"{a}-then-{b}" for a, b in CHANGES.items()), "dp2-then-alone"])
+def test_a_resume_in_another_layout_goes_on(change, losses):
+    assert losses(change) == pytest.approx(losses("reference"), abs=FP32_TOLERANCE)
+    assert losses(change) != losses(change.split("-then-")[0])  # the other layout did run
+
+
+def test_a_resume_starts_after_the_last_whole_save(folder):
+    log = (folder / "log").read_text()
+    save = rundir.step_folder(folder / "runs" / "resumed", 10)
+    assert f"resumed after step 10 from {save}" in log
+    assert f"{folder / 'runs' / 'resumed'} is done: nothing to train" in log
+
+
+def test_time_goes_on_across_a_resume(metrics):
+    times = [row["time_s"] for row in metrics("resumed")]
+    assert times == sorted(times)
+    assert all(row["throughput/tokens_per_second"] > 0 for row in metrics("resumed"))
+
+
+def test_decay_starts_at_the_rate_stable_ended_with(metrics):
+    stable, decay = metrics("reference"), metrics("decay")
+    assert decay[0]["optim/lr"] == stable[-1]["optim/lr"] == PEAK
+    rates = [row["optim/lr"] for row in decay]
+    assert rates == sorted(rates, reverse=True)
+    assert PEAK / 10 < rates[-1] < PEAK / 8
+
+
+def test_decay_starts_from_the_parents_weights(losses):
+    assert losses("decay")[0] < losses("reference")[0] - 0.3
+
+
+def test_a_branch_at_the_same_rate_is_the_parent_gone_on(metrics):
+    """Weights, moments and Adam's step count all come over: on equal sequences the border leaves no trace."""
+    whole = [(row["train/loss"], row["optim/grad_norm"]) for row in metrics("uniform")]
+    parts = [
+        (row["train/loss"], row["optim/grad_norm"])
+        for name in ("parent", "child")
+        for row in metrics(f"uniform-{name}")
+    ]
+    assert parts == whole
+
+
+def test_a_branch_without_the_moments_differs_from_its_second_step_on(losses):
+    kept, fresh = losses("uniform-child"), losses("uniform-fresh")
+    assert fresh[0] == kept[0]
+    assert fresh[1] != kept[1]
+
+
+def test_an_import_brings_the_weights(losses):
+    assert losses("imported")[0] == losses("reference")[0]
+
+
+def test_the_ledger_counts_what_was_read(folder):
+    run = folder / "runs" / "reference"
+    half, whole = (rundir.read_json(rundir.step_folder(run, step) / "ledger.json") for step in (10, 20))
+    assert half["planned_tokens"] == whole["planned_tokens"] == whole["consumed_tokens"] == 20 * BATCH * SEQ_LENGTH
+    assert half["consumed_tokens"] == 10 * BATCH * SEQ_LENGTH
+    shares = [source["consumed"] / whole["consumed_tokens"] for source in whole["sources"]]
+    assert shares == pytest.approx([0.7, 0.3], abs=0.02)
+    assert all(source["planned"] == source["consumed"] for source in whole["sources"])
+
+
+def test_every_layout_keeps_the_same_ledger(folder):
+    ledgers = [
+        (rundir.step_folder(folder / "runs" / name, 20) / "ledger.json").read_text() for name in ("reference", *LAYOUTS)
+    ]
+    assert len(set(ledgers)) == 1
+
+
+def test_the_optimizers_numbers_are_the_settings_and_norms_do_not_decay(folder):
+    ours = stage(folder, "x").optimizer
+    groups = rundir.read_json(folder / "groups.json")
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, ours.weight_decay]
+    for group in groups:
+        assert group["betas"] == [ours.beta1, ours.beta2]
+        assert group["eps"] == ours.eps
+        assert group["lr"] == PEAK
+        assert group["step"] == 21  # the parent's one step and 20 of its own
+
+
+def test_a_save_holds_what_conversion_and_people_need(folder):
+    run = folder / "runs" / "tp2-sp"
+    save = rundir.step_folder(run, 20)
+    assert rundir.read_json(save / "model.json") == to_dict(stage(folder, "x").model)
+    assert rundir.read_json(save / "config.json") == rundir.read_json(run / "config.json")
+    assert rundir.read_json(save / "state.json")["consumed_sequences"] == 20 * BATCH
+    assert (run / "checkpoints" / "latest").read_text() == "20\n"
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json",
+        "environment.json",
+        "lineage.json",
+        "plan.txt",
+        "metrics.jsonl",
+        "tensorboard",
+        "DONE",
+    }
+
+
+def test_old_saves_go_and_the_last_stay(folder):
+    names = sorted(path.name for path in (folder / "runs" / "decay" / "checkpoints").glob("step_*"))
+    assert names == ["step_00000015", "step_00000020"]
+
+
+def test_lineage_tells_the_descent_with_hashes(folder):
+    run = folder / "runs" / "decay"
+    chain = lineage.read(run).chain()
+    assert [(link.name, link.step, link.tokens) for link in chain] == [
+        ("base", 1, BATCH * SEQ_LENGTH),
+        ("reference", 20, 20 * BATCH * SEQ_LENGTH),
+        ("decay", 20, 20 * BATCH * SEQ_LENGTH),
+    ]
+    assert chain[-1].weights_sha256 == rundir.sha256_folder(rundir.step_folder(run, 20), "*.distcp")
+
+
+def test_weights_have_the_same_keys_in_every_layout(folder):
+    from torch.distributed.checkpoint import FileSystemReader
+
+    def keys(name: str) -> dict[str, Any]:
+        metadata = FileSystemReader(rundir.step_folder(folder / "runs" / name, 20)).read_metadata()
+        return {
+            key: tuple(entry.size)
+            for key, entry in metadata.state_dict_metadata.items()
+            if hasattr(entry, "size") and not key.startswith("optimizer.")
+        }
+
+    assert keys("reference") == {
+        "embedding.word_embeddings.weight": (64, 32),
+        "decoder.final_layernorm.weight": (32,),
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (4, 32),
+        "decoder.layers.self_attention.linear_qkv.weight": (4, 64, 32),
+        "decoder.layers.self_attention.linear_proj.weight": (4, 32, 32),
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight": (4, 32),
+        "decoder.layers.mlp.linear_fc1.weight": (4, 128, 32),
+        "decoder.layers.mlp.linear_fc2.weight": (4, 32, 64),
+    }
+    assert all(keys(name) == keys("reference") for name in LAYOUTS)
