@@ -66,9 +66,7 @@ def parts() -> list[Part]:
         _package("flash-attn", "attention on a GPU", "pip install --no-build-isolation flash-attn==2.8.3 (needs CUDA)"),
         _program("g++", ("g++", "--version"), "kernels that DeepSpeed and vLLM compile once", "apt-get install g++"),
         _program("ninja", ("ninja", "--version"), "the same", "pip install ninja"),
-        _program(
-            "Slurm", ("sbatch", "--version"), "cluster jobs", "apt-get install slurm-client, or a login node"
-        ),
+        _program("Slurm", ("sbatch", "--version"), "cluster jobs", "apt-get install slurm-client, or a login node"),
         _package("nemo-run", "cluster jobs", "pip install 'megatron_octo[launch]'"),
         _package("wandb", "metrics on Weights & Biases", "pip install 'megatron_octo[wandb]'"),
     ]

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 30.0
-SAMPLE_MEMORY_EVERY_S = 1.0
+SAMPLE_MEMORY_EVERY_S = 2.0
 GIB = 1024**3
 
 

@@ -43,7 +43,8 @@ def prepare(*, weights_bytes: int, verbose: bool) -> None:
     Raises:
         OctoError: no vLLM is installed.
     """
-    wanted = QUIET | {"VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR"}
+    # Its errors are exceptions, too; the log line beside one holds every request.
+    wanted = QUIET | {"VLLM_LOGGING_LEVEL": "INFO" if verbose else "CRITICAL"}
     if is_cpu_build():
         wanted |= CPU
         if weights_bytes <= SMALL_WEIGHTS_BYTES and "torch" not in sys.modules:

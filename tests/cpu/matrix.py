@@ -71,6 +71,11 @@ def train_alone(folder: Path) -> None:
     train(child(folder, "resumed"))
     train(child(folder, "resumed"))  # done: changes nothing
 
+    ten = replace(stage(data, "ten", steps=10, save_every=5), start=FromRun(run="base"))
+    train(ten)
+    interrupt("ten", "ten-resumed", after=5)
+    train(replace(ten, name="ten-resumed"))
+
     # branches of the reference's last save
     branch = replace(child(folder, "decay"), start=FromRun(run="reference"))
     decay = CosineRate(peak=PEAK, floor=PEAK / 10)

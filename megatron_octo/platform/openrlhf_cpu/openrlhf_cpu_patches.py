@@ -135,6 +135,12 @@ def _live_linear(module: Any) -> None:
     module.dispatch_cpu_unquantized_gemm = dispatch
 
 
+def _fork_engine(module: Any) -> None:
+    """vLLM starts its engine afresh inside Ray, since CUDA does not survive a fork. Without CUDA a fork is safe, and
+    spares a second import of the whole stack: 10 s and 0.7 GB."""
+    module._maybe_force_spawn = lambda: None
+
+
 BEFORE: dict[str, Callable[[Any], None]] = {
     "openrlhf": _cuda_calls,
     "openrlhf.models.ring_attn_utils": _flash_attention_in,
@@ -146,6 +152,7 @@ AFTER: dict[str, Callable[[Any], None]] = {
     "openrlhf.utils.deepspeed.deepspeed": _device_mesh,
     "openrlhf.utils.distributed_util": _weight_group,
     "vllm.model_executor.layers.utils": _live_linear,
+    "vllm.utils.system_utils": _fork_engine,
 }
 
 

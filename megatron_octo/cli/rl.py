@@ -1,0 +1,93 @@
+"""`octo rl RECIPE...`: R1-Zero reinforcement learning on OpenRLHF; several runs share one Ray cluster."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_octo import console, rundir
+from megatron_octo.cli.options import parser
+from megatron_octo.config.load import load_recipe
+from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.config.rl import RLConfig
+from megatron_octo.errors import BadInput
+
+ENTRY = "openrlhf.cli.train_ppo_ray"
+ABOUT = (
+    "Reinforcement learning with OpenRLHF (GRPO, vLLM rollouts): checkpoints, metrics and hf/ in the run's folder.\n"
+    "Several recipes run one after the other on one Ray cluster; a pipeline stands for all its RL runs.\n"
+    "Runs that are done are skipped; one that was killed goes on from its last checkpoint.\n\n"
+    "With one recipe other options override it: octo rl RECIPE --help lists them."
+)
+
+
+OWN_FLAGS = ("--dry-run", "--json")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    options = parser("rl", ABOUT)
+    options.add_argument("recipes", nargs="+", metavar="RECIPE", help="path.py:function, or a run's config.json")
+    options.add_argument("--dry-run", action="store_true", help="print OpenRLHF's command line, start nothing")
+    options.add_argument("--json", action="store_true", help="machine output")
+    specs = list(itertools.takewhile(lambda arg: not arg.startswith("-"), argv))
+    rest = list(argv[len(specs) :])
+    if specs:  # what follows the recipes and is not ours overrides them
+        own = options.parse_args([*specs, *(arg for arg in rest if arg in OWN_FLAGS)])
+        configs = _configs(own.recipes, [arg for arg in rest if arg not in OWN_FLAGS])
+    else:
+        own = options.parse_args(rest)
+        configs = _configs(own.recipes, [])
+    if own.dry_run:
+        _dry_run(configs, as_json=own.json)
+        return
+    from megatron_octo.rl.run import run_all
+
+    folders = run_all(configs)
+    if own.json:
+        pairs = zip(configs, folders, strict=True)
+        console.emit_json([{"name": config.name, "hf": str(folder)} for config, folder in pairs])
+
+
+def _configs(specs: Sequence[str], overrides: Sequence[str]) -> list[RLConfig]:
+    """The RL runs that the recipes stand for, in order."""
+    if overrides and len(specs) > 1 and not {"-h", "--help"} & set(overrides):
+        raise BadInput(
+            f"{' '.join(overrides)}: options for {len(specs)} recipes at once", fix="override one recipe at a time"
+        )
+    configs: list[RLConfig] = []
+    for spec in specs:
+        kinds: tuple[type[RLConfig | PipelineConfig], ...] = (RLConfig, PipelineConfig)
+        loaded = load_recipe(spec, kinds, overrides, command="octo rl")
+        configs.extend([loaded] if isinstance(loaded, RLConfig) else loaded.rl)
+    outputs = [config.output for config in configs]
+    twice = next((output for output in outputs if outputs.count(output) > 1), None)
+    if twice is not None:
+        raise BadInput(f"two runs would write to {twice}", fix="give each recipe once, and each run its own output")
+    return configs
+
+
+def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
+    """Show the command line of each run as this machine would start it. Prompts may not be there yet."""
+    from megatron_octo.rl import prompts
+    from megatron_octo.rl.command import check_command, command
+    from megatron_octo.rl.run import has_gpu
+
+    shown: list[dict[str, Any]] = []
+    cuda = has_gpu()
+    for config in configs:
+        passes = 1
+        if config.prompts.exists():
+            passes = prompts.plan_prompts(prompts.read_prompts(config.prompts), config).num_episodes
+        arguments = command(config, num_episodes=passes, cuda=cuda)
+        check_command(arguments)
+        state = "done" if rundir.is_done(config.output) else "to run"
+        shown.append({"name": config.name, "output": str(config.output), "state": state, "arguments": arguments})
+    if as_json:
+        console.emit_json(shown)
+        return
+    for run in shown:
+        line = shlex.join(("python", "-m", ENTRY, *run["arguments"]))
+        console.emit(f"# {run['name']} ({run['state']}) -> {run['output']}\n{line}\n")

@@ -1,0 +1,213 @@
+"""One process that holds a Ray cluster and runs OpenRLHF on it, as often as asked.
+
+Starting Ray and importing OpenRLHF is most of what a small run costs, so runs in a row share both.
+The cluster is this machine's own: bound to 127.0.0.1, its files in a temporary folder. It ends with
+the process that opened it, whatever ends that: the kernel kills the engine, Ray's processes follow
+the engine, and `cluster` sweeps what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_octo import console
+from megatron_octo.errors import OctoError
+from megatron_octo.rl.command import environment
+
+MARKER = "OCTO_RL_CLUSTER"  # names the cluster in the environment of each of its processes
+FOLDER = "octo-ray-"
+STOP_TIMEOUT_S = 20
+DRAIN_S = 1.5  # Ray forwards its workers' last lines with a delay
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+log = console.logger(__name__)
+
+
+class RunFailed(Exception):
+    """OpenRLHF ended with an error, or its process did."""
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A running engine. Runs go one after the other."""
+
+    process: subprocess.Popen[bytes]
+    status: int
+    """File descriptor of the engine's messages."""
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    buffers: dict[int, bytes] = field(default_factory=dict)
+    """The unfinished line of each pipe."""
+
+    def run(self, arguments: Sequence[str], on_line: Callable[[str], None]) -> None:
+        """Run OpenRLHF with `arguments` to its end; each line it prints goes to `on_line`.
+
+        Raises:
+            RunFailed: it failed. The cluster is of no use then.
+        """
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(list(arguments)).encode() + b"\n")
+            self.process.stdin.flush()
+        message = self._follow(on_line)
+        if message != "finished":
+            raise RunFailed(message)
+
+    def _follow(self, on_line: Callable[[str], None]) -> str:
+        """Hand out lines until the engine says how the run ended, or dies; returns what it said."""
+        message, deadline = "", float("inf")
+        while time.monotonic() < deadline:
+            for source, lines in self._read(timeout_s=0.5):
+                if source != self.status:
+                    for line in lines:
+                        on_line(line)
+                elif lines:
+                    message, deadline = json.loads(lines[-1]), time.monotonic() + DRAIN_S
+            if not message and self.process.poll() is not None:
+                message = f"its process ended with code {self.process.returncode}"
+                deadline = time.monotonic() + DRAIN_S
+        return message
+
+    def _read(self, timeout_s: float) -> Iterator[tuple[int, list[str]]]:
+        events = self.selector.select(timeout_s)
+        if not self.selector.get_map():
+            time.sleep(timeout_s)
+        for key, _ in events:
+            data = os.read(key.fd, 65_536)
+            if not data:
+                self.selector.unregister(key.fd)
+            *lines, self.buffers[key.fd] = (self.buffers.get(key.fd, b"") + data).split(b"\n")
+            yield key.fd, [_clean(line) for line in lines]
+
+
+def _clean(line: bytes) -> str:
+    """A line as a terminal would show it: the last redraw of a progress bar, without colours."""
+    return _ESCAPES.sub("", line.decode(errors="replace").rstrip("\r").rpartition("\r")[2])
+
+
+@contextlib.contextmanager
+def cluster(*, num_gpus: int, cuda: bool) -> Iterator[Cluster]:
+    """Start an engine with `num_gpus` devices (logical ones without CUDA); end it and all it started afterwards.
+
+    Call it from the main thread: the engine dies with the thread that starts it.
+    """
+    _remove_stale_folders()
+    # Ray's sockets lie in it, and their names may have 107 characters in all
+    name, folder = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir="/tmp"))
+    env = environment(os.environ, cuda=cuda) | {MARKER: name, "HF_DATASETS_CACHE": str(folder / "datasets")}
+    env.pop("RAY_ADDRESS", None)
+    status, engine_status = os.pipe()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "megatron_octo.rl.engine"),
+            *(str(folder), str(num_gpus), str(int(cuda)), str(engine_status), str(os.getpid())),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=env,
+        pass_fds=(engine_status,),
+        start_new_session=True,  # an interrupt from the keyboard is ours to handle
+    )
+    os.close(engine_status)
+    assert process.stdout is not None
+    out = Cluster(process, status)
+    for fd in (process.stdout.fileno(), status):
+        out.selector.register(fd, selectors.EVENT_READ)
+    try:
+        yield out
+    finally:
+        out.selector.close()
+        _stop(process)
+        _sweep(name)
+        os.close(status)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_stale_folders() -> None:
+    """Remove what clusters whose owner was killed left in /tmp."""
+    for folder in Path("/tmp").glob(f"{FOLDER}*"):
+        owner = folder.name.removeprefix(FOLDER).partition("-")[0]
+        if not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the engine, and with it Ray: first politely, then by force."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+def _sweep(name: str, patience_s: float = 5.0) -> None:
+    """Kill what is left of the cluster called `name`, and nothing else, after a moment to end by itself."""
+    deadline = time.monotonic() + patience_s
+    while (left := members(name)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def members(name: str) -> list[int]:
+    """Process ids of the cluster called `name`: they carry the name in their environment."""
+    wanted = f"{MARKER}={name}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+    return found
+
+
+def meaningful(lines: Sequence[str], most: int = 8) -> list[str]:
+    """The lines of a log that say why it ended: those up to the first error, and the last error.
+
+    One process's error makes others fail in turn, so the first is the cause. Without any error: the last lines.
+    """
+    kept = [_PREFIXES.sub("", line)[:400] for line in lines if line.strip() and not _ROUTINE.search(line)]
+    errors = [index for index, line in enumerate(kept) if _ERROR.search(line)]
+    if not errors:
+        return kept[-most:]
+    first, last = errors[0], errors[-1]
+    cause = kept[max(0, first - most + 1) : first + 1]
+    return cause if kept[last] == kept[first] else [*cause, "...", kept[last]]
+
+
+# Who said it: Ray's worker, vLLM's engine, a logger.
+_PREFIXES = re.compile(r"^(?:\([^)]*pid=\d+[^)]*\) ?|ERROR [0-9-]+ [0-9:]+ \[[^]]*\] ?)+")
+_ROUTINE = re.compile(
+    r"\b(?:INFO|WARNING)\b|it/s\]|s/it\]|\?it|Warning|warnings\.warn|\^\^\^|~~~|namespace\(|Global step|Sample: "
+)
+_ERROR = re.compile(r"^\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*|died unexpectedly|\bKilled\b|OutOfMemory")
+
+
+def require_linux() -> None:
+    """Refuse to start where the kernel cannot tie processes to each other.
+
+    Raises:
+        OctoError: not on Linux.
+    """
+    if sys.platform != "linux":
+        raise OctoError(f"RL runs on Linux, not on {sys.platform}", fix="run it on a Linux machine or in a container")

@@ -1,0 +1,108 @@
+"""What OpenRLHF reports of a step -> metrics.jsonl.
+
+The controller's log line of a step has everything at once; TensorBoard files have the same numbers,
+minutes later, and fill in for lines that were lost on the way.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_octo import rundir
+
+METRICS = "metrics.jsonl"
+STEP_LINE = re.compile(r"Global step (\d+): (\{.*\})")
+# OpenRLHF's name -> ours. Rollout values come before the samples are cut into training packs.
+NAMES = {
+    "rollout/reward_mean": "rl/reward_mean",
+    "acc": "rl/accuracy",
+    "boxed": "rl/boxed_share",
+    "reward_error": "rl/reward_error_share",
+    "rollout/response_length_mean": "rl/response_length_mean",
+    "rollout/truncated_rate": "rl/truncated_share",
+    "vllm_kl": "rl/vllm_kl",
+    "policy_loss": "rl/policy_loss",
+    "ppo_clip_ratio": "rl/clip_share",
+    "actor_grad_norm": "optim/grad_norm",
+    "actor_lr": "optim/lr",
+    "timing/generation": "rl/generation_s",
+    "timing/make_experience": "rl/experience_s",
+    "timing/ppo_train": "rl/train_s",
+    "timing/broadcast": "rl/sync_s",
+    "timing/step_total": "rl/step_s",
+}
+Row = dict[str, float]
+
+
+def parse_step(line: str) -> Row | None:
+    """The metrics of a step that a log line reports, None for any other line."""
+    match = STEP_LINE.search(line)
+    if match is None:
+        return None
+    values = ast.literal_eval(re.sub(r"(?<= )(nan|-?inf)\b", r"'\1'", match[2]))
+    return {"step": int(match[1]), **rename(values)}
+
+
+def rename(values: Mapping[str, Any]) -> Row:
+    """OpenRLHF's values under our names; what has no name of ours, or is no finite number, is left out."""
+    found = {ours: float(values[theirs]) for theirs, ours in NAMES.items() if values.get(theirs) is not None}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def read_events(folder: Path) -> dict[int, Row]:
+    """The metrics of each step in the TensorBoard files below `folder`; of a step done twice, the later."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    latest: dict[int, dict[str, tuple[float, float]]] = {}
+    for run in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            for event in events.Scalars(tag):
+                values = latest.setdefault(event.step, {})
+                name = tag.removeprefix("train/")
+                values[name] = max(values.get(name, (-math.inf, 0.0)), (event.wall_time, event.value))
+    return {
+        step: {"step": step, **rename({name: value for name, (_, value) in values.items()})}
+        for step, values in sorted(latest.items())
+    }
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics file; a torn last line, which a kill leaves, is dropped."""
+    rows: list[Row] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_metrics(path: Path, rows: Iterable[Row]) -> None:
+    """Replace the metrics file."""
+    rundir.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_metrics(path: Path, row: Row) -> None:
+    """Add a step."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def fill_gaps(rows: Iterable[Row], events: Mapping[int, Row], num_steps: int) -> list[Row]:
+    """One row a step, 1 to `num_steps`: ours where there is one, else TensorBoard's, timed as the step before."""
+    ours = {int(row["step"]): row for row in rows}
+    filled: list[Row] = []
+    for step in range(1, num_steps + 1):
+        if (row := ours.get(step)) is None and (row := events.get(step)) is not None:
+            row = {**row, "time_s": filled[-1]["time_s"] if filled else 0.0}
+        if row is not None:
+            filled.append(row)
+    return filled

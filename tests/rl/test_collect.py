@@ -1,0 +1,83 @@
+"""OpenRLHF's log lines and TensorBoard files -> metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_octo.rl.collect import append_metrics, fill_gaps, parse_step, read_events, read_metrics, write_metrics
+
+LINE = (
+    "(PPOTrainer pid=1) INFO 11-22 16:58:22 ppo_trainer.py:551] \u2728 Global step 3: {'acc': 0.25, 'boxed': 0.9, "
+    "'vllm_kl': -0.0001, 'actor_grad_norm': nan, 'policy_loss': -inf, 'rollout/reward_mean': -0.5, "
+    "'rollout/response_length_mean': 30.5, 'rollout/truncated_rate': 0.0, 'timing/step_total': 3.5, 'kl': 0.0}"
+)
+
+
+def write_events(folder: Path, events: list[tuple[int, float, dict[str, float]]]) -> None:
+    """A TensorBoard file with (step, wall time, values)."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder))
+    for step, wall_time, values in events:
+        summary = Summary(
+            value=[Summary.Value(tag=f"train/{name}", simple_value=value) for name, value in values.items()]
+        )
+        writer.add_event(Event(step=step, wall_time=wall_time, summary=summary))
+    writer.close()
+
+
+def test_a_step_line_becomes_metrics_under_our_names() -> None:
+    row = parse_step(LINE)
+    assert row is not None
+    assert row["step"] == 3 and isinstance(row["step"], int)
+    assert row["rl/accuracy"] == 0.25
+    assert row["rl/reward_mean"] == -0.5
+    assert row["rl/response_length_mean"] == 30.5
+    assert row["rl/truncated_share"] == 0.0
+    assert row["rl/vllm_kl"] == -0.0001
+    assert not {"optim/grad_norm", "rl/policy_loss"} & set(row)  # not finite
+    assert "kl" not in row
+
+
+@pytest.mark.parametrize(
+    "line", ["", "Global step", "Generate samples: 100%|#| 8/8", "Saved best checkpoint: global_step4"]
+)
+def test_other_lines_are_no_steps(line: str) -> None:
+    assert parse_step(line) is None
+
+
+def test_event_files_give_the_same_names_and_the_later_of_two_attempts(tmp_path: Path) -> None:
+    write_events(tmp_path / "run", [(1, 10.0, {"acc": 0.1}), (2, 20.0, {"acc": 0.2, "vllm_kl": 1e-4})])
+    write_events(tmp_path / "run", [(2, 40.0, {"acc": 0.5}), (3, 50.0, {"rollout/reward_mean": 1.0, "kl": 3.0})])
+    events = read_events(tmp_path)
+    assert list(events) == [1, 2, 3]
+    assert events[2]["rl/accuracy"] == pytest.approx(0.5)
+    assert events[3] == {"step": 3, "rl/reward_mean": 1.0}
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_metrics(path, [{"step": 1}])
+    append_metrics(path, {"step": 2})
+    with path.open("a") as file:
+        file.write('{"step": 3, "rl/acc')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+def test_no_metrics_file_is_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_steps_whose_line_was_lost_come_from_the_event_files() -> None:
+    ours = [{"step": 1, "rl/accuracy": 0.1, "time_s": 5.0}, {"step": 3, "rl/accuracy": 0.3, "time_s": 9.0}]
+    events = {step: {"step": step, "rl/accuracy": 0.9} for step in (1, 2)}
+    rows = fill_gaps(ours, events, num_steps=4)
+    assert [(row["step"], row["rl/accuracy"], row["time_s"]) for row in rows] == [
+        (1, 0.1, 5.0),
+        (2, 0.9, 5.0),
+        (3, 0.3, 9.0),
+    ]

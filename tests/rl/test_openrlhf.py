@@ -1,0 +1,180 @@
+"""The real thing: Ray, DeepSpeed, vLLM and OpenRLHF on a CPU, killed on the way and run again."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.config.base import to_dict
+from megatron_octo.config.rl import RLConfig
+from megatron_octo.rl.cluster import MARKER
+from megatron_octo.rl.collect import read_metrics
+from megatron_octo.rl.run import LARGEST_VLLM_KL, has_gpu
+from tests.conftest import REPOSITORY
+from tests.rl.conftest import NUM_BOXES, write_tokenizer
+
+for package in ("openrlhf", "ray", "vllm", "deepspeed"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(has_gpu(), reason="the tiny model is for machines without a GPU"),
+]
+LEARNING_RATE = 5e-3  # far enough in two steps for old weights to show in vllm_kl
+START_TIMEOUT_S = 600
+ENDING_TIMEOUT_S = 180
+
+
+def write_model(folder: Path) -> None:
+    """A Llama of random weights that OpenRLHF and vLLM can run."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258 + 2 * NUM_BOXES,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        eos_token_id=256,
+        bos_token_id=None,
+        pad_token_id=257,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 256}))
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_octo", "rl", str(config)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def clusters() -> set[int]:
+    """Processes of any Ray cluster of ours."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARKER}=".encode() in (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def data_state(output: Path, step: int) -> dict[str, Any]:
+    """The position in the prompts that the checkpoint of a step holds."""
+    import torch
+
+    (path,) = (output / f"openrlhf/_actor/global_step{step}").glob("*model_states.pt")
+    state: dict[str, Any] = torch.load(path, weights_only=False)
+    return state
+
+
+def first_prompts(output: Path, log: str) -> list[str]:
+    """The prompt of one sample of each step, in the order of the log."""
+    known = [json.loads(line)["input"] for line in (output / "prompts.jsonl").read_text().splitlines()]
+    samples = [ast.literal_eval(match)[0] for match in re.findall(r"Sample: (\[.*\])", log)]
+    return [next(prompt for prompt in known if sample.startswith(prompt)) for sample in samples]
+
+
+@pytest.fixture
+def killed(config: RLConfig) -> RLConfig:
+    """A run of three steps, killed with all its process group once the second is saved."""
+    write_model(config.model)
+    rows = [json.loads(line) for line in config.prompts.read_text().splitlines()]
+    config.prompts.write_text("".join(json.dumps({**row, "label": "1"}) + "\n" for row in rows))
+    config = replace(config, num_steps=3, save_every_steps=1, learning_rate=LEARNING_RATE)
+    rundir.write_json(config.prompts.with_name("config.json"), to_dict(config))
+    before = clusters()
+    process = start(config.prompts.with_name("config.json"))
+    latest = config.output / "openrlhf/_actor/latest"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not (latest.exists() and latest.read_text() == "global_step2"):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + ENDING_TIMEOUT_S  # Ray's agents look for their parent now and then
+    while clusters() - before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not clusters() - before, "processes of the cluster outlived a kill"
+    assert not rundir.is_done(config.output)
+    return config
+
+
+def test_a_killed_run_goes_on_with_the_next_prompts_and_vllm_always_has_the_trained_weights(killed: RLConfig) -> None:
+    output = killed.output
+    log_before = (output / "log/openrlhf.log").read_text()
+    state_before = data_state(output, 2)
+    before = clusters()
+    process = start(killed.prompts.with_name("config.json"))
+    _, errors = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 0, errors
+    assert "goes on after step 2 of 3" in errors
+    assert not clusters() - before
+
+    rows = read_metrics(output / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(abs(row["rl/vllm_kl"]) < LARGEST_VLLM_KL for row in rows)
+    assert all(row["optim/grad_norm"] > 0 and row["rl/reward_error_share"] == 0 for row in rows)
+    assert 0.2 < rows[0]["rl/accuracy"] < 0.8
+    assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
+
+    assert rundir.is_done(output) and rundir.is_done(output / "hf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = AutoModelForCausalLM.from_pretrained(output / "hf")
+    assert trained.generation_config.eos_token_id == 256
+    assert AutoTokenizer.from_pretrained(output / "hf").eos_token == "</s>"
+
+    import torch
+
+    # The order of the prompts is one permutation; a step uses the next four of it, before and after the kill.
+    state_after = data_state(output, 3)
+    assert (state_before["total_consumed_prompts"], state_after["total_consumed_prompts"]) == (8, 12)
+    generator = torch.Generator()
+    generator.set_state(sampler_state(state_after["data_loader_state_dict"])["generator"])
+    order = torch.randperm(12, generator=generator).tolist()
+    prompts = [json.loads(line)["input"] for line in (output / "prompts.jsonl").read_text().splitlines()]
+    log = (output / "log/openrlhf.log").read_text()
+    shown = [*first_prompts(output, log_before)[:2], first_prompts(output, log)[-1]]
+    for step, prompt in enumerate(shown):
+        assert order.index(prompts.index(prompt)) // 4 == step
+
+
+def sampler_state(state: Any) -> dict[str, Any]:
+    """The part of the data loader's state that holds the generator, wherever it is nested."""
+    if isinstance(state, dict):
+        if "generator" in state and "yielded" in state:
+            return state
+        for value in state.values():
+            if found := sampler_state(value):
+                return found
+    return {}
