@@ -85,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--output",
         type=Path,
-        help="for folders: scores go to OUTPUT/<model>/<task>, where <model> is the folder's path below OCTO_RUNS, "
-        "or else its name (default: OCTO_RUNS/scores)",
+        help="for folders: scores go to OUTPUT/<model>/<task>, where <model> is the folder's path below OCTO_RUNS "
+        "(RUN/hf/STEP), or else its name (default: OCTO_RUNS/scores)",
     )
     out.add_argument("--overwrite", action="store_true", help="score again what is already scored")
     out.add_argument("--dry-run", action="store_true", help="check everything, start nothing")
@@ -148,7 +148,9 @@ def _from_folders(own: argparse.Namespace) -> EvaluateConfig:
 def _label(model: Path) -> Path:
     """What a model is called below the scores folder."""
     path, root = model.resolve(), rundir.runs_root().resolve()
-    return path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
+    if path.is_relative_to(root):
+        return path.relative_to(root)
+    return Path(*path.parts[-3:]) if path.parent.name == "hf" else Path(path.name)  # RUN/hf/step_... of other runs
 
 
 def _dry_run(config: EvaluateConfig, *, overwrite: bool, as_json: bool) -> None:

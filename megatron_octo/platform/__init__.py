@@ -99,7 +99,7 @@ def _missing_on_gpu() -> list[Missing]:
                 fix="pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]==2.20.2'",
             )
         )
-    if not _installed("apex"):
+    if not _installed("amp_C"):  # NVIDIA apex's extension; the package index's `apex` is another project
         missing.append(
             Missing(
                 what="NVIDIA apex",

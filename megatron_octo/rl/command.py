@@ -107,8 +107,11 @@ def environment(base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
     path = [str(PACKAGE.parent), *filter(None, [base.get("PYTHONPATH")])]
     env = {
         **base,
+        # this interpreter's ninja first, always: one ninja compiles again what another's log describes
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{base.get('PATH', '')}",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",  # a step's line must not be taken for a repetition
+        "RAY_worker_niceness": "0",  # Ray's 15 would put the run behind everything else on the machine
         "RAY_raylet_start_wait_time_s": "300",  # a loaded machine starts a node slowly
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -49,8 +49,8 @@ def test_help_of_a_recipe_lists_its_fields(octo: Octo) -> None:
 def test_dry_run_of_folders_names_outputs_and_changes_nothing(
     octo: Octo, model: Path, problems: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "given-model"
-    other.mkdir()
+    other = tmp_path / "elsewhere" / "road" / "hf" / "step_00000480"
+    other.mkdir(parents=True)
     (other / "config.json").write_text("{}")
     (other / "model.safetensors").write_bytes(b"weights")
     before = snapshot(tmp_path)
@@ -65,7 +65,11 @@ def test_dry_run_of_folders_names_outputs_and_changes_nothing(
                 "output": str(scores / "road-decay-long" / "hf" / "step_00000480" / "sums"),
                 "state": "to score",
             },
-            {"model": str(other), "output": str(scores / "given-model" / "sums"), "state": "to score"},
+            {
+                "model": str(other),
+                "output": str(scores / "road" / "hf" / "step_00000480" / "sums"),
+                "state": "to score",
+            },
         ],
     }
     assert snapshot(tmp_path) == before

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 NEW_TOKENS = 24
 POSITIONS = 64
 PROBLEMS = ("w3 w1 w4", "w1", "w5 w9 w2 w6 w5 w3 w5", "w8 w9 w7", "w9 w3")
-MANY = " ".join(f"w{n}" for n in range(50))
+MANY = [" ".join(f"w{(start + n) % 94}" for n in range(50)) for start in range(50)]  # no two begin alike
 GIB = 2**30
 
 pytestmark = [
@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("evaluate")
     lines = (json.dumps({"input": text, "label": "1"}) for text in PROBLEMS)
     (path / "problems.jsonl").write_text("\n".join(lines) + "\n")
-    (path / "many.jsonl").write_text("\n".join(json.dumps({"input": MANY, "label": "1"}) for _ in range(50)) + "\n")
+    (path / "many.jsonl").write_text("\n".join(json.dumps({"input": text, "label": "1"}) for text in MANY) + "\n")
     _models(path)
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(path), str(NEW_TOKENS)],

@@ -24,6 +24,13 @@ class CpuDevice(str):
         return "0"
 
 
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute that must be there already: another version may have renamed it, and would not be patched."""
+    if not hasattr(owner, name):
+        raise AttributeError(f"{owner!r} has no {name} to patch: its version is not the one in requirements/cpu.txt")
+    setattr(owner, name, value)
+
+
 def _cuda_calls(_: Any) -> None:
     """The torch.cuda calls on OpenRLHF's text path do nothing, and the current device is the CPU."""
     import torch
@@ -108,7 +115,7 @@ def _weight_group(module: Any) -> None:
     def stateless_init_process_group(host: str, port: int, rank: int, world_size: int, device: Any) -> GlooGroup:
         return GlooGroup(host, port, rank, world_size)
 
-    module.stateless_init_process_group = stateless_init_process_group
+    _replace(module, "stateless_init_process_group", stateless_init_process_group)
 
 
 def _receive_weight(module: Any) -> None:
@@ -121,7 +128,7 @@ def _receive_weight(module: Any) -> None:
         self._model_update_group.broadcast(weight, src=0)
         self.model_runner.model.load_weights(weights=[(name, weight)])
 
-    module.WorkerWrap.update_weight = update_weight
+    _replace(module.WorkerWrap, "update_weight", update_weight)
 
 
 def _live_linear(module: Any) -> None:
@@ -132,13 +139,13 @@ def _live_linear(module: Any) -> None:
     def dispatch(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
-    module.dispatch_cpu_unquantized_gemm = dispatch
+    _replace(module, "dispatch_cpu_unquantized_gemm", dispatch)
 
 
 def _fork_engine(module: Any) -> None:
     """vLLM starts its engine afresh inside Ray, since CUDA does not survive a fork. Without CUDA a fork is safe, and
     spares a second import of the whole stack: 10 s and 0.7 GB."""
-    module._maybe_force_spawn = lambda: None
+    _replace(module, "_maybe_force_spawn", lambda: None)
 
 
 BEFORE: dict[str, Callable[[Any], None]] = {

@@ -1,0 +1,130 @@
+"""The process that holds the Ray cluster: following it, and ending what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_octo.rl.cluster import MARKER, Cluster, RunFailed, _clean, _remove_stale_folders, _sweep, members
+
+
+@contextmanager
+def engine(script: str) -> Iterator[Cluster]:
+    """A cluster whose engine is `script`; `status(text)` answers in it."""
+    status, theirs = os.pipe()
+    prelude = f"import json, os, sys\ndef status(text): os.write({theirs}, json.dumps(text).encode() + b'\\n')\n"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", prelude + script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=(theirs,),
+    )
+    os.close(theirs)
+    assert process.stdout is not None and process.stdin is not None
+    out = Cluster(process, status)
+    for fd in (process.stdout.fileno(), status):
+        out.selector.register(fd, selectors.EVENT_READ)
+    yield out
+    process.stdin.close()
+    process.wait(10)
+    process.stdout.close()
+    os.close(status)
+
+
+def test_runs_follow_each_other_in_one_engine() -> None:
+    lines: list[str] = []
+    with engine("for line in sys.stdin:\n print('got', json.loads(line)[0])\n status('finished')") as cluster:
+        cluster.run(["first"], lines.append)
+        cluster.run(["second"], lines.append)
+    assert lines == ["got first", "got second"]
+
+
+def test_a_failed_run_says_what_the_engine_said() -> None:
+    with engine("sys.stdin.readline()\nprint('why')\nstatus('ValueError: no')\nsys.stdin.readline()") as cluster:
+        with pytest.raises(RunFailed, match="ValueError: no"):
+            cluster.run([], lambda line: None)
+
+
+def test_an_engine_that_dies_is_a_failed_run_with_its_lines() -> None:
+    lines: list[str] = []
+    with engine("sys.stdin.readline()\nprint('last words')\nos._exit(3)") as cluster:
+        with pytest.raises(RunFailed, match="ended with code 3"):
+            cluster.run([], lines.append)
+    assert lines == ["last words"]
+
+
+def test_an_engine_that_is_dead_already_is_a_failed_run() -> None:
+    with engine("os._exit(4)") as cluster:
+        cluster.process.wait(10)
+        with pytest.raises(RunFailed, match="ended with code 4"):
+            cluster.run(["x"], lambda line: None)
+
+
+def test_of_a_progress_bar_the_last_redraw_stays() -> None:
+    assert _clean(b"\x1b[36mstep 1\rstep 2\r") == "step 2"
+    assert _clean("caf\u00e9".encode() + b"\xff") == "caf\u00e9\ufffd"
+
+
+def test_the_sweep_ends_this_cluster_s_processes_and_no_others() -> None:
+    ours, other = (
+        subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: name}) for name in ("test-ours", "test-other")
+    )
+    try:
+        deadline = time.monotonic() + 10
+        while members("test-ours") != [ours.pid] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        _sweep("test-ours", patience_s=0)
+        assert ours.wait(10) < 0
+        assert other.poll() is None and members("test-other") == [other.pid]
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()
+
+
+def test_folders_of_dead_owners_are_removed_and_those_of_living_ones_stay() -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale, living = Path(f"/tmp/octo-ray-{dead.pid}-test"), Path(f"/tmp/octo-ray-{os.getpid()}-test")
+    for folder in (stale, living):
+        folder.mkdir()
+    try:
+        _remove_stale_folders()
+        assert not stale.exists() and living.exists()
+    finally:
+        living.rmdir()
+
+
+def test_the_patches_wait_for_imports_and_their_targets_exist() -> None:
+    from megatron_octo.platform.openrlhf_cpu.openrlhf_cpu_patches import AFTER, BEFORE
+    from megatron_octo.rl.command import CPU_PATCHES
+
+    code = "import json, sys; print(json.dumps([type(f).__name__ for f in sys.meta_path] + sorted(sys.modules)))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(CPU_PATCHES)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    loaded = json.loads(run.stdout)
+    assert "_PatchingFinder" in loaded
+    assert not {"torch", "vllm", "openrlhf", "ray"} & set(loaded)
+    site = [Path(folder) for folder in sys.path]
+    for package in ("openrlhf", "vllm"):
+        if not any((folder / package).is_dir() for folder in site):
+            pytest.skip(f"{package} is not installed")
+    for name in (*BEFORE, *AFTER):
+        path = Path(*name.split("."))
+        assert any((each / path).with_suffix(".py").is_file() or (each / path).is_dir() for each in site), name
