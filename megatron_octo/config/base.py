@@ -23,6 +23,22 @@ def require(condition: bool, what: str, *, fix: str) -> None:
         raise SettingsError(what, fix=fix)
 
 
+def require_positive(settings: Settings, section: str, *names: str) -> None:
+    """Raise SettingsError unless each named field is above 0; `section` prefixes it in the message."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value > 0, f"{section}{name} {value} is not above 0", fix="give a number of at least 1")
+
+
+def require_name(name: str) -> None:
+    """Raise SettingsError unless `name` can be a folder of its own under OCTO_RUNS."""
+    require(
+        bool(name) and name not in (".", "..") and "/" not in name,
+        f"name {name!r} cannot be a folder's name",
+        fix="give a name without '/'",
+    )
+
+
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Settings as plain JSON values; `from_dict` is its inverse."""
     from pydantic import TypeAdapter

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_octo.config.base import Settings, require
+from megatron_octo.config.base import Settings, require, require_positive
 
 Template = Literal["text", "question_answer", "long_cot", "chat"]
 WEIGHT_SUM_TOLERANCE = 1e-9
@@ -62,6 +62,7 @@ class MixtureConfig(Settings):
     """Orders documents and sequences."""
 
     def __post_init__(self) -> None:
+        require_positive(self, "data.", "seq_length")
         require(bool(self.sources), "data.sources is empty", fix="name at least one prepared source")
         total = sum(source.weight for source in self.sources)
         shown = " + ".join(f"{source.name} {source.weight:g}" for source in self.sources)

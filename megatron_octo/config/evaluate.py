@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_octo.config.base import Settings, require
+from megatron_octo.config.base import Settings, require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,7 @@ class EvaluateConfig(Settings):
     """Draws the samples."""
 
     def __post_init__(self) -> None:
+        require_positive(self, "", "samples_per_problem", "max_new_tokens")
         require(
             self.temperature > 0 or self.samples_per_problem == 1,
             f"samples_per_problem {self.samples_per_problem} at temperature 0 would be the same answer again and again",

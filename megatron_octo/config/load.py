@@ -56,7 +56,10 @@ def recipe_functions(path: Path) -> dict[str, Callable[[], Settings]]:
             continue
         if inspect.signature(function).parameters:
             continue  # a helper of the recipes beside it
-        result = typing.get_type_hints(function).get("return")
+        try:
+            result = typing.get_type_hints(function).get("return")
+        except NameError as error:
+            raise BadInput(f"recipe {path}:{name}: its annotation fails: {error}", fix="import what it names") from None
         if isinstance(result, type) and issubclass(result, Settings):
             found[name] = function
     return found

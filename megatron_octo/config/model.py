@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_octo.config.base import Settings, require
+from megatron_octo.config.base import Settings, require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +39,11 @@ class ModelConfig(Settings):
     """Standard deviation of random initial weights."""
 
     def __post_init__(self) -> None:
+        require_positive(
+            self,
+            "model.",
+            *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "max_positions"),
+        )
         if self.head_dim == 0:
             require(
                 self.hidden_size % self.num_heads == 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_octo.config.base import Settings, require
+from megatron_octo.config.base import Settings, require, require_name
 from megatron_octo.config.data import PrepareConfig, SyntheticConfig, TokenizerConfig
 from megatron_octo.config.evaluate import EvaluateConfig
 from megatron_octo.config.model import ModelConfig
@@ -59,6 +59,15 @@ class PipelineConfig(Settings):
     """Processes a training stage starts on this machine."""
 
     def __post_init__(self) -> None:
+        require_name(self.name)
+        size, room = self.tokenizer.vocab_size if self.tokenizer else 0, self.stable.model.vocab_size
+        require(
+            size <= room,
+            f"tokenizer.vocab_size {size:,} exceeds stable.model.vocab_size {room:,}",
+            fix="a tokenizer may have fewer ids than the model has rows, never more",
+        )
+        for stage in (self.stable, *self.branches):
+            stage.resolve(self.train_ranks)
         names = [self.stable.name, *(branch.name for branch in self.branches), *(rl.name for rl in self.rl)]
         require(
             len(set(names)) == len(names),

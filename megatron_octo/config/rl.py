@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_octo.config.base import Settings, require
+from megatron_octo.config.base import Settings, require, require_name, require_positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +54,17 @@ class RLConfig(Settings):
     """Orders prompts and draws samples."""
 
     def __post_init__(self) -> None:
+        require_name(self.name)
+        counts = (
+            "num_steps",
+            "prompts_per_step",
+            "samples_per_prompt",
+            "updates_per_step",
+            "save_every_steps",
+            "num_gpus",
+        )
+        lengths = ("max_prompt_tokens", "max_response_tokens", "max_tokens_per_gpu")
+        require_positive(self, "", *counts, *lengths)
         samples = self.prompts_per_step * self.samples_per_prompt
         require(
             samples % self.updates_per_step == 0,
@@ -61,4 +72,3 @@ class RLConfig(Settings):
             f"samples do not divide by updates_per_step {self.updates_per_step}",
             fix="choose updates_per_step among the divisors",
         )
-        require(self.num_steps > 0, f"num_steps {self.num_steps} is not above 0", fix="give a number of rollout steps")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_octo.config.base import Settings, require
+from megatron_octo.config.base import Settings, require, require_name, require_positive
 from megatron_octo.config.data import MixtureConfig
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.schedule import RateConfig
@@ -55,6 +55,9 @@ class BudgetConfig(Settings):
     micro_batch_sequences: int = 1
     """Sequences in one forward pass of one rank; lower it when memory runs out."""
 
+    def __post_init__(self) -> None:
+        require_positive(self, "budget.", "train_tokens", "batch_sequences", "micro_batch_sequences")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig(Settings):
@@ -94,6 +97,7 @@ class ParallelConfig(Settings):
     """Gather parameters while the next forward pass runs; needs the two options above."""
 
     def __post_init__(self) -> None:
+        require_positive(self, "parallel.", "tensor", "pipeline", "context")
         require(
             not self.sequence or self.tensor > 1,
             "parallel.sequence is on with parallel.tensor 1",
@@ -134,8 +138,7 @@ class SaveConfig(Settings):
     """Saves to keep; the last step's save always stays."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps > 0, f"save.every_steps {self.every_steps} is not above 0", fix="give a number")
-        require(self.keep_last > 0, f"save.keep_last {self.keep_last} is not above 0", fix="keep at least one save")
+        require_positive(self, "save.", "every_steps", "keep_last")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +171,8 @@ class MidTrainConfig(Settings):
     """Draws random weights and dropout."""
 
     def __post_init__(self) -> None:
+        require_name(self.name)
+        require_positive(self, "", "log_every_steps")
         batch = self.batch_tokens
         steps, rest = divmod(self.budget.train_tokens, batch)
         near = sorted({max(1, steps) * batch, (steps + 1) * batch}, key=lambda t: abs(t - self.budget.train_tokens))
@@ -208,7 +213,7 @@ class MidTrainConfig(Settings):
         """
         model_ranks = self.parallel.model_ranks
         require(
-            world_size % model_ranks == 0,
+            world_size > 0 and world_size % model_ranks == 0,
             f"{world_size} ranks do not hold whole copies of the model: tensor {self.parallel.tensor} x pipeline "
             f"{self.parallel.pipeline} x context {self.parallel.context} = {model_ranks} ranks a copy",
             fix=f"start a multiple of {model_ranks} ranks (--ranks), or change the layout (--parallel.*)",

@@ -102,7 +102,7 @@ def _clean(line: bytes) -> str:
 def cluster(*, num_gpus: int, cuda: bool) -> Iterator[Cluster]:
     """Start an engine with `num_gpus` devices (logical ones without CUDA); end it and all it started afterwards.
 
-    Call it from the main thread: the engine dies with the thread that starts it.
+    Call it from the main thread: the engine dies with the thread that starts it, and SIGTERM is handled meanwhile.
     """
     _remove_stale_folders()
     # Ray's sockets lie in it, and their names may have 107 characters in all
@@ -127,14 +127,21 @@ def cluster(*, num_gpus: int, cuda: bool) -> Iterator[Cluster]:
     out = Cluster(process, status)
     for fd in (process.stdout.fileno(), status):
         out.selector.register(fd, selectors.EVENT_READ)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         yield out
     finally:
+        signal.signal(signal.SIGTERM, before)
         out.selector.close()
         _stop(process)
         _sweep(name)
         os.close(status)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(number: int, _: object) -> None:
+    """A scheduler's SIGTERM unwinds as an interrupt does, so that Ray ends with us."""
+    raise SystemExit(128 + number)
 
 
 def _remove_stale_folders() -> None:
@@ -198,7 +205,7 @@ def meaningful(lines: Sequence[str], most: int = 8) -> list[str]:
 # Who said it: Ray's worker, vLLM's engine, a logger.
 _PREFIXES = re.compile(r"^(?:\([^)]*pid=\d+[^)]*\) ?|ERROR [0-9-]+ [0-9:]+ \[[^]]*\] ?)+")
 _ROUTINE = re.compile(
-    r"\b(?:INFO|WARNING)\b|it/s\]|s/it\]|\?it|Warning|warnings\.warn|\^\^\^|~~~|namespace\(|Global step|Sample: "
+    r"\b(?:INFO|WARNING)\b|it/s\]|s/it\]|\?it|Warning|warnings\.warn|\^\^\^|~~~|pynvml|namespace\(|Global step|Sample: "
 )
 _ERROR = re.compile(r"^\s*(?:\w+\.)*\w*(?:Error|Exception)\b.*|died unexpectedly|\bKilled\b|OutOfMemory")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,13 @@ import pytest
 from megatron_octo.rl.cluster import MARKER, Cluster, RunFailed, _clean, _remove_stale_folders, _sweep, members
 
 
-@contextmanager
+@pytest.fixture(autouse=True)
+def short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's last lines need no wait."""
+    monkeypatch.setattr("megatron_octo.rl.cluster.DRAIN_S", 0.2)
+
+
+@contextlib.contextmanager
 def engine(script: str) -> Iterator[Cluster]:
     """A cluster whose engine is `script`; `status(text)` answers in it."""
     status, theirs = os.pipe()
@@ -35,7 +41,8 @@ def engine(script: str) -> Iterator[Cluster]:
     for fd in (process.stdout.fileno(), status):
         out.selector.register(fd, selectors.EVENT_READ)
     yield out
-    process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
     process.wait(10)
     process.stdout.close()
     os.close(status)
@@ -50,16 +57,16 @@ def test_runs_follow_each_other_in_one_engine() -> None:
 
 
 def test_a_failed_run_says_what_the_engine_said() -> None:
-    with engine("sys.stdin.readline()\nprint('why')\nstatus('ValueError: no')\nsys.stdin.readline()") as cluster:
-        with pytest.raises(RunFailed, match="ValueError: no"):
-            cluster.run([], lambda line: None)
+    script = "sys.stdin.readline()\nprint('why')\nstatus('ValueError: no')\nsys.stdin.readline()"
+    with engine(script) as cluster, pytest.raises(RunFailed, match="ValueError: no"):
+        cluster.run([], lambda line: None)
 
 
 def test_an_engine_that_dies_is_a_failed_run_with_its_lines() -> None:
     lines: list[str] = []
-    with engine("sys.stdin.readline()\nprint('last words')\nos._exit(3)") as cluster:
-        with pytest.raises(RunFailed, match="ended with code 3"):
-            cluster.run([], lines.append)
+    script = "sys.stdin.readline()\nprint('last words')\nos._exit(3)"
+    with engine(script) as cluster, pytest.raises(RunFailed, match="ended with code 3"):
+        cluster.run([], lines.append)
     assert lines == ["last words"]
 
 

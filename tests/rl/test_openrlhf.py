@@ -19,7 +19,6 @@ import pytest
 from megatron_octo import rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.rl import RLConfig
-from megatron_octo.rl.cluster import MARKER
 from megatron_octo.rl.collect import read_metrics
 from megatron_octo.rl.run import LARGEST_VLLM_KL, has_gpu
 from tests.conftest import REPOSITORY
@@ -33,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(has_gpu(), reason="the tiny model is for machines without a GPU"),
 ]
 LEARNING_RATE = 5e-3  # far enough in two steps for old weights to show in vllm_kl
+TAG = "OCTO_TEST_RUN"
 START_TIMEOUT_S = 600
 ENDING_TIMEOUT_S = 180
 
@@ -63,11 +63,14 @@ def write_model(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 256}))
 
 
-def start(config: Path) -> subprocess.Popen[str]:
+def start(config: RLConfig) -> subprocess.Popen[str]:
+    """Run it as a user does; it leads a process group, and all it starts can be found again (`left`)."""
+    path = config.prompts.with_name("config.json")
+    rundir.write_json(path, to_dict(config))
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_octo", "rl", str(config)],
+        [sys.executable, "-m", "megatron_octo", "rl", str(path)],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", TAG: str(config.output)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -75,12 +78,12 @@ def start(config: Path) -> subprocess.Popen[str]:
     )
 
 
-def clusters() -> set[int]:
-    """Processes of any Ray cluster of ours."""
+def left(config: RLConfig) -> set[int]:
+    """Processes that descend from a run of `config`, however they were started."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{MARKER}=".encode() in (folder / "environ").read_bytes():
+            if f"{TAG}={config.output}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.add(int(folder.name))
         except OSError:
             continue
@@ -110,9 +113,7 @@ def killed(config: RLConfig) -> RLConfig:
     rows = [json.loads(line) for line in config.prompts.read_text().splitlines()]
     config.prompts.write_text("".join(json.dumps({**row, "label": "1"}) + "\n" for row in rows))
     config = replace(config, num_steps=3, save_every_steps=1, learning_rate=LEARNING_RATE)
-    rundir.write_json(config.prompts.with_name("config.json"), to_dict(config))
-    before = clusters()
-    process = start(config.prompts.with_name("config.json"))
+    process = start(config)
     latest = config.output / "openrlhf/_actor/latest"
     deadline = time.monotonic() + START_TIMEOUT_S
     while not (latest.exists() and latest.read_text() == "global_step2"):
@@ -122,9 +123,9 @@ def killed(config: RLConfig) -> RLConfig:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + ENDING_TIMEOUT_S  # Ray's agents look for their parent now and then
-    while clusters() - before and time.monotonic() < deadline:
+    while left(config) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert not clusters() - before, "processes of the cluster outlived a kill"
+    assert not left(config), "processes of the cluster outlived a kill"
     assert not rundir.is_done(config.output)
     return config
 
@@ -133,12 +134,11 @@ def test_a_killed_run_goes_on_with_the_next_prompts_and_vllm_always_has_the_trai
     output = killed.output
     log_before = (output / "log/openrlhf.log").read_text()
     state_before = data_state(output, 2)
-    before = clusters()
-    process = start(killed.prompts.with_name("config.json"))
+    process = start(killed)
     _, errors = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 0, errors
     assert "goes on after step 2 of 3" in errors
-    assert not clusters() - before
+    assert not left(killed)
 
     rows = read_metrics(output / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]

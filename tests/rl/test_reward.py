@@ -117,3 +117,9 @@ def test_each_query_of_several_is_graded() -> None:
     out = reward_func(["Q\\boxed{5}", "Q\\boxed{6}"], ["Q", "Q"], ["5", "5"])
     assert out["rewards"].tolist() == [1.0, -1.0]
     assert out["extra_logs"]["boxed"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("query", "prompt"), [("Q\\boxed{5}", None), (None, "Q")])
+def test_what_is_not_text_is_an_error_and_no_exception(query: Any, prompt: Any) -> None:
+    out = reward_func([query], [prompt], ["5"])
+    assert (float(out["rewards"]), float(out["extra_logs"]["reward_error"])) == (-1.0, 1.0)
