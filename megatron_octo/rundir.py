@@ -89,9 +89,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     replaced only at the end, so a failure loses nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
+    _clear_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -100,13 +100,29 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if path.exists():
-        old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
         path.replace(old)
         temporary.replace(path)
         shutil.rmtree(old)
     else:
         temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def _clear_stale(path: Path) -> None:
+    """Remove what killed attempts at `path` left, but first put back a result that one had just moved away."""
+    for old in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.replace(path)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        if not _lives(stale.name.split(".")[-2]):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _lives(pid: str) -> bool:
+    return pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists()
 
 
 @contextlib.contextmanager

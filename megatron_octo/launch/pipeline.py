@@ -17,8 +17,8 @@ from megatron_octo import console, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.config.train import MidTrainConfig
-from megatron_octo.errors import OctoError
-from megatron_octo.platform.process import octo_command, run_and_watch, terminate_as_interrupt
+from megatron_octo.errors import BadInput, OctoError
+from megatron_octo.platform.process import GRACE_S, octo_command, run_and_watch, terminate_as_interrupt
 
 log = console.logger(__name__)
 STAGE_LOG = "stages.jsonl"
@@ -71,7 +71,12 @@ def run_pipeline(config: PipelineConfig) -> None:
         OctoError: a stage failed; running the pipeline again goes on from there.
     """
     folder = rundir.run_folder(config.name)
-    rundir.check_config(folder, to_dict(config))
+    rundir.check_config(folder, to_dict(config), fix="use another OCTO_RUNS, or the settings of the folder")
+    for run in (
+        *(rundir.run_folder(s.name) for s in (config.stable, *config.branches)),
+        *(r.output for r in config.rl),
+    ):
+        _wait_until_free(run)
     with rundir.lock(folder), terminate_as_interrupt():
         rundir.claim(folder, to_dict(config))
         for each in (config.stable, *config.branches):
@@ -80,6 +85,18 @@ def run_pipeline(config: PipelineConfig) -> None:
         for number, stage in enumerate(todo, 1):
             _run_stage(stage, f"[{number}/{len(todo)}] {stage.name}", folder / STAGE_LOG)
         _show_times(folder / STAGE_LOG)
+
+
+def _wait_until_free(folder: Path) -> None:
+    """Give the stages of a killed pipeline the moment they take to end.
+
+    Raises:
+        BadInput: a process still owns `folder` after that.
+    """
+    deadline = time.monotonic() + GRACE_S
+    while rundir.in_use(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    rundir.check_free(folder)
 
 
 def _train_and_export(config: PipelineConfig, stage: MidTrainConfig) -> Iterator[Stage]:
@@ -110,7 +127,7 @@ def _run_stage(stage: Stage, title: str, stage_log: Path) -> None:
         seconds = time.monotonic() - start
         _append(stage_log, {"stage": stage.name, "seconds": round(seconds, 2), "peak_gib": round(peak_gib, 2)})
     if code != 0:
-        raise OctoError(
+        raise (BadInput if code == BadInput.exit_code else OctoError)(
             f"stage {stage.name!r} ended with exit code {code}",
             fix=f"see its message above; run the pipeline again to go on from here; alone: octo {' '.join(stage.argv)}",
         )
@@ -118,8 +135,8 @@ def _run_stage(stage: Stage, title: str, stage_log: Path) -> None:
 
 
 def _append(path: Path, value: dict[str, Any]) -> None:
-    with path.open("ab") as file:
-        file.write(orjson.dumps(value) + b"\n")
+    rows = path.read_bytes() if path.exists() else b""
+    rundir.write_atomic(path, rows + orjson.dumps(value) + b"\n")
 
 
 def stage_times(stage_log: Path) -> dict[str, tuple[float, float]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -129,14 +130,19 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
         _write_records(config, inputs, platform, run)
 
     # data
+    index = run / "index"
+    if here.is_source and not rundir.is_done(index):
+        shutil.rmtree(index, ignore_errors=True)  # megatron takes a file torn by a kill for a whole one
     dataset = build_dataset(
         inputs.mixture,
         num_sequences=plan.num_steps * config.budget.batch_sequences,
         seq_length=config.data.seq_length,
         seed=config.data.shuffle_seed,
-        cache=run / "index",
+        cache=index,
         reads_data=here.reads_data,
     )
+    if here.is_source:
+        rundir.mark_done(index)
     loader = Loader(
         dataset=dataset,
         data_rank=here.data_rank,

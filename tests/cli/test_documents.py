@@ -14,6 +14,9 @@ READ_ONLY = ("doctor", "recipes")
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
+LINK = re.compile(r"\]\(([\w./]+)\)")
+
+
 def shell_lines() -> list[str]:
     """Every line of a `sh` block, its comment cut off."""
     blocks = (block for path in DOCUMENTS for block in re.findall(r"```sh\n(.*?)```", path.read_text(), re.DOTALL))
@@ -52,5 +55,8 @@ def test_files_that_the_documents_name_exist():
         for path in DOCUMENTS
         for name in re.findall(r"`((?:tests|docs|recipes|requirements|tools|benchmarks)/[\w./]+)`", path.read_text())
     }
+    for path in DOCUMENTS:
+        assert not re.findall(r"@[A-Z]+@", path.read_text())
+        named |= {str((path.parent / name).relative_to(REPOSITORY)) for name in LINK.findall(path.read_text())}
     missing = [name for name in sorted(named) if not (REPOSITORY / name).exists()]
     assert not missing

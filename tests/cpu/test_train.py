@@ -20,7 +20,7 @@ from tests.conftest import REPOSITORY
 from tests.cpu.matrix import CHANGES, LAYOUTS, PEAK
 from tests.prepared import BATCH, SEQ_LENGTH, stage
 
-FP32_TOLERANCE = 5e-6  # docs/numerics.md
+FP32_TOLERANCE = 5e-6  # CONTRIBUTING.md
 BF16_TOLERANCE = 5e-3
 LAUNCH_TIMEOUT_S = 500
 

@@ -41,6 +41,24 @@ def test_a_new_attempt_clears_what_a_killed_one_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_result_moved_away_by_a_killed_attempt_comes_back(tmp_path):
+    target, moved = tmp_path / "out", tmp_path / ".out.999999999.old"
+    with rundir.new_folder(target) as folder:
+        (folder / "file").write_text("first")
+    target.replace(moved)  # killed between the two renames
+    with pytest.raises(RuntimeError), rundir.new_folder(target):
+        raise RuntimeError
+    assert (target / "file").read_text() == "first"
+
+
+def test_a_living_process_keeps_its_temporary_folder(tmp_path):
+    other = tmp_path / f".out.{os.getppid()}.tmp"
+    other.mkdir()
+    with rundir.new_folder(tmp_path / "out"):
+        pass
+    assert other.exists()
+
+
 def test_an_atomic_write_leaves_no_temporary_file(tmp_path):
     rundir.write_json(tmp_path / "a" / "b.json", {"x": 1})
     assert rundir.read_json(tmp_path / "a" / "b.json") == {"x": 1}
