@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.evaluate.statistics import paired_difference
-from megatron_octo.launch.pipeline import run_pipeline, stage_times
+from megatron_octo.launch.pipeline import stage_times
+from megatron_octo.platform.process import octo_command
 from megatron_octo.rundir import read_json, run_folder
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "miniature.py"
@@ -33,8 +35,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     road = load_recipe(f"{RECIPES}:pipeline", PipelineConfig)
     control = load_recipe(f"{RECIPES}:shuffled_answers", PipelineConfig)
-    for config in (road, control):
-        run_pipeline(config)
+    for name in ("pipeline", "shuffled_answers"):  # stdout is for the JSON
+        subprocess.run(octo_command("pipeline", f"{RECIPES}:{name}"), stdout=sys.stderr, check=True)
     shuffled = _scores(control, control.branches[0].name)["accuracy"]
     result = {
         "hardware": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
