@@ -16,10 +16,11 @@ setup: $(STAMP)  ## .venv with the locked stack and this package (done by the ot
 
 $(STAMP): requirements/cpu.txt setup.py .python-version
 	@sh tools/find_python.sh >/dev/null
-	@test -x $(BIN)/python || "$$(sh tools/find_python.sh)" -m venv $(VENV)
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
+		|| "$$(sh tools/find_python.sh)" -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements/cpu.txt)"
 	@echo "installing the locked stack into $(VENV) (about 7 GB)"
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps -r requirements/cpu.txt
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --compile-bytecode -r requirements/cpu.txt
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
