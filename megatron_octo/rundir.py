@@ -173,7 +173,7 @@ def _owned(folder: Path) -> BadInput:
     owner = (folder / LOCK).read_text().strip() or "another process"
     return BadInput(
         f"run folder in use: {folder} is owned by {owner}",
-        fix="wait for it or stop it; or give this run another name (--name)",
+        fix="wait for it or stop it, or use another folder",
     )
 
 
@@ -181,7 +181,7 @@ def check_config(
     folder: Path,
     config: dict[str, Any],
     *,
-    fix: str = "give this run another name (--name), or the settings of the folder",
+    fix: str = "use another folder, or the settings of this one",
     may_differ: tuple[str, ...] = (),
 ) -> None:
     """Refuse a run folder that was made with other settings; changes nothing.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_octo import lineage, rundir
+from megatron_octo import lineage, rundir, stage_log
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
@@ -47,9 +47,10 @@ def write_runs(config: PipelineConfig, *, rl: bool = True) -> None:
         "evaluate before RL": (80, 2.3),
     }
     times |= {"reinforcement learning": (560.0, 6.8)} if rl else {}
-    lines = [{"stage": name, "seconds": s, "peak_gib": peak} for name, (s, peak) in times.items()]
-    lines.append({"stage": f"train {config.stable.name}", "seconds": 9.0, "peak_gib": 1.5})  # a second attempt
-    write_lines(rundir.run_folder(config.name) / "stages.jsonl", lines)
+    second = {f"train {config.stable.name}": (9.0, 1.5)}
+    for started, (name, (seconds, peak)) in enumerate([*times.items(), *second.items()]):
+        attempt = stage_log.Attempt(stage=name, started=started, seconds=seconds, peak_gib=peak)
+        stage_log.record(rundir.run_folder(config.name), attempt)
 
 
 def write_training(config: MidTrainConfig, parent: Lineage, label: str, *, at: float, seed: int) -> Lineage:

@@ -23,12 +23,15 @@ COMMANDS = {
     "recipes": "list, show: the recipes in a folder",
     "doctor": "what is installed, what each stage can do here, how to get what is missing",
 }
+VERBOSE = ("-v", "--verbose")
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
     args = list(sys.argv[1:] if argv is None else argv)
+    verbose = any(arg in VERBOSE for arg in args)
+    args = [arg for arg in args if arg not in VERBOSE]
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(_help())
         return 0
@@ -41,15 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `octo {near[0]}`?" if near else f"commands: {', '.join(COMMANDS)}"
         sys.stderr.write(f"octo: unknown command {name!r}\n  fix: {hint}\n")
         return 2
-    return _run(name, rest)
+    return _run(name, rest, verbose=verbose)
 
 
-def _run(name: str, rest: list[str]) -> int:
+def _run(name: str, rest: list[str], *, verbose: bool) -> int:
     from megatron_octo import console
     from megatron_octo.errors import OctoError
 
-    verbose = "-v" in rest or "--verbose" in rest
-    rest = [arg for arg in rest if arg not in ("-v", "--verbose")]
     console.configure(verbose=verbose)
     try:
         importlib.import_module(f"megatron_octo.cli.{name}").main(rest)

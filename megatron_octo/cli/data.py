@@ -145,8 +145,8 @@ def _load[S: Settings](
     options.add_argument("--json", action="store_true", help="machine output")
     if command == "prepare":
         options.add_argument("--source", metavar="NAME", nargs="+", help="of a pipeline's sources, these only")
-    own, overrides = parse_recipe(options, argv)
     kinds: tuple[type[S | PipelineConfig], ...] = (kind, PipelineConfig)
+    own, overrides = parse_recipe(options, argv, kinds)
     return own, load_recipe(own.recipe, kinds, overrides, command=f"octo data {command}")
 
 

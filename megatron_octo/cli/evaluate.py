@@ -29,7 +29,7 @@ RECIPE_SUFFIXES = (".py", ".json")
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = _parser()
-    own, overrides = parse_recipe(options, argv)
+    own, overrides = parse_recipe(options, argv, (EvaluateConfig, PipelineConfig))
     if _is_recipe(own.target[0]):
         config = _from_recipe(own, overrides)
     elif overrides == ["--help"]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 from collections.abc import Sequence
+
+from megatron_octo.config.base import Settings
+from megatron_octo.errors import BadInput
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -24,11 +29,32 @@ def recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
     return out
 
 
-def parse_recipe(out: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(own options, overrides for the recipe). `RECIPE --help` goes to the recipe's own parser."""
+def parse_recipe(
+    out: argparse.ArgumentParser, argv: Sequence[str], kinds: Sequence[type[Settings]]
+) -> tuple[argparse.Namespace, list[str]]:
+    """(own options, overrides for a recipe that is one of `kinds`). `RECIPE --help` goes to the recipe's own parser.
+
+    Raises:
+        BadInput: an option is no field of `kinds` and looks like one of the own options.
+    """
     argv = list(argv)
     if argv and not argv[0].startswith("-") and ("--help" in argv or "-h" in argv):
         own, rest = out.parse_known_args([a for a in argv if a not in ("--help", "-h")])
         return own, [*rest, "--help"]
     own, rest = out.parse_known_args(argv)
+    refuse_mistyped(out, rest, kinds)
     return own, rest
+
+
+def refuse_mistyped(out: argparse.ArgumentParser, rest: Sequence[str], kinds: Sequence[type[Settings]]) -> None:
+    """Refuse what looks like an own option: the recipe's parser knows its fields alone and could not name it.
+
+    Raises:
+        BadInput: an option of `rest` is no field of `kinds` and looks like one of `out`.
+    """
+    fields = {f"--{field.name}".replace("_", "-") for kind in kinds for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    own = [name for action in out._actions for name in action.option_strings]
+    for option in (arg.partition("=")[0] for arg in rest if arg.startswith("--")):
+        near = difflib.get_close_matches(option, own, n=1, cutoff=0.8)
+        if near and "." not in option and option.replace("_", "-") not in fields:
+            raise BadInput(f"unknown option {option}", fix=f"did you mean {near[0]}?")

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     options = recipe_parser("pipeline", "Run every stage of a pipeline; what is DONE is skipped.")
     options.add_argument("--dry-run", action="store_true", help="list the stages and their commands; touch nothing")
     options.add_argument("--json", action="store_true", help="with --dry-run: machine output")
-    own, overrides = parse_recipe(options, argv)
+    own, overrides = parse_recipe(options, argv, (PipelineConfig,))
     config = load_recipe(own.recipe, PipelineConfig, overrides, command="octo pipeline")
     if not own.dry_run:
         run_pipeline(config)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_octo import console, rundir
-from megatron_octo.cli.options import parser
+from megatron_octo.cli.options import parser, refuse_mistyped
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.config.rl import RLConfig
@@ -23,6 +23,7 @@ ABOUT = (
 )
 
 
+KINDS: tuple[type[RLConfig | PipelineConfig], ...] = (RLConfig, PipelineConfig)
 OWN_FLAGS = ("--dry-run", "--json")
 
 
@@ -36,7 +37,9 @@ def main(argv: Sequence[str]) -> None:
     rest = list(argv[len(specs) :])
     if specs:  # what follows the recipes and is not ours overrides them
         own = options.parse_args([*specs, *(arg for arg in rest if arg in OWN_FLAGS)])
-        configs = _configs(own.recipes, [arg for arg in rest if arg not in OWN_FLAGS])
+        overrides = [arg for arg in rest if arg not in OWN_FLAGS]
+        refuse_mistyped(options, overrides, KINDS)
+        configs = _configs(own.recipes, overrides)
     else:
         own = options.parse_args(rest)
         configs = _configs(own.recipes, [])
@@ -59,8 +62,7 @@ def _configs(specs: Sequence[str], overrides: Sequence[str]) -> list[RLConfig]:
         )
     configs: list[RLConfig] = []
     for spec in specs:
-        kinds: tuple[type[RLConfig | PipelineConfig], ...] = (RLConfig, PipelineConfig)
-        loaded = load_recipe(spec, kinds, overrides, command="octo rl")
+        loaded = load_recipe(spec, KINDS, overrides, command="octo rl")
         configs.extend([loaded] if isinstance(loaded, RLConfig) else loaded.rl)
     outputs = [config.output for config in configs]
     twice = next((output for output in outputs if outputs.count(output) > 1), None)

@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--ranks", type=int, default=1, help="processes to start on this machine (default: 1)")
     options.add_argument("--dry-run", action="store_true", help="print the plan's arithmetic; touch nothing")
     options.add_argument("--json", action="store_true", help="with --dry-run: machine output")
-    own, overrides = parse_recipe(options, argv)
+    own, overrides = parse_recipe(options, argv, (MidTrainConfig,))
     config = load_recipe(own.recipe, MidTrainConfig, overrides, command="octo train")
     num_ranks = world().size if started_by_launcher() else own.ranks
     if own.dry_run:

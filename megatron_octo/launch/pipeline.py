@@ -9,19 +9,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import orjson
-
-from megatron_octo import console, rundir
+from megatron_octo import console, rundir, stage_log
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.platform.process import GRACE_S, octo_command, run_and_watch, terminate_as_interrupt
+from megatron_octo.train.run import finished
 
 log = console.logger(__name__)
-STAGE_LOG = "stages.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,24 +64,37 @@ def run_pipeline(config: PipelineConfig) -> None:
     """Run what is not DONE yet; a table of the times at the end.
 
     Raises:
-        BadInput: the pipeline's folder is in use, or was made with other settings.
+        BadInput: the pipeline's folder, or a stage's, is in use or was made with other settings.
         OctoError: a stage failed; running the pipeline again goes on from there.
     """
     folder = rundir.run_folder(config.name)
     rundir.check_config(folder, to_dict(config), fix="use another OCTO_RUNS, or the settings of the folder")
-    for run in (
-        *(rundir.run_folder(s.name) for s in (config.stable, *config.branches)),
-        *(r.output for r in config.rl),
-    ):
-        _wait_until_free(run)
+    _check_outputs(config)
     with rundir.lock(folder), terminate_as_interrupt():
         rundir.claim(folder, to_dict(config))
         for each in (config.stable, *config.branches):
             rundir.write_json(_stage_file(config, each), to_dict(each))
         todo = list(stages(config))
         for number, stage in enumerate(todo, 1):
-            _run_stage(stage, f"[{number}/{len(todo)}] {stage.name}", folder / STAGE_LOG)
-        _show_times(folder / STAGE_LOG)
+            _run_stage(stage, f"[{number}/{len(todo)}] {stage.name}", folder)
+        _show_costs(folder)
+
+
+def _check_outputs(config: PipelineConfig) -> None:
+    """Refuse the first stage whose folder is another's before any has run; changes nothing.
+
+    Raises:
+        BadInput: a stage's folder is in use, was made with other settings, or holds something else.
+    """
+    for made in (config.corpora, config.tokenizer, *config.prepare):
+        if made:
+            rundir.is_written(made.output, to_dict(made))
+    for stage in (config.stable, *config.branches):
+        _wait_until_free(rundir.run_folder(stage.name))
+        finished(stage)
+    for run in config.rl:
+        _wait_until_free(run.output)
+        rundir.check_config(run.output, to_dict(run))
 
 
 def _wait_until_free(folder: Path) -> None:
@@ -115,17 +125,20 @@ def _evaluate(config: PipelineConfig, when: str) -> Stage:
     return Stage(name=f"evaluate {when} RL", argv=argv, outputs=outputs)
 
 
-def _run_stage(stage: Stage, title: str, stage_log: Path) -> None:
+def _run_stage(stage: Stage, title: str, folder: Path) -> None:
     if stage.done:
         log.info("%s: done already", title)
         return
     log.info("%s: octo %s", title, " ".join(stage.argv))
-    start, peak_gib = time.monotonic(), 0.0
-    try:
-        code, peak_gib = run_and_watch(octo_command(*stage.argv))
-    finally:
-        seconds = time.monotonic() - start
-        _append(stage_log, {"stage": stage.name, "seconds": round(seconds, 2), "peak_gib": round(peak_gib, 2)})
+    started, seconds = time.time(), 0.0
+
+    def note(elapsed_s: float, peak_gib: float) -> None:
+        nonlocal seconds
+        seconds = round(elapsed_s, 2)
+        attempt = stage_log.Attempt(stage=stage.name, started=started, seconds=seconds, peak_gib=round(peak_gib, 2))
+        stage_log.record(folder, attempt, replace_earlier=not stage.outputs)
+
+    code = run_and_watch(octo_command(*stage.argv), note)
     if code != 0:
         raise (BadInput if code == BadInput.exit_code else OctoError)(
             f"stage {stage.name!r} ended with exit code {code}",
@@ -134,25 +147,11 @@ def _run_stage(stage: Stage, title: str, stage_log: Path) -> None:
     log.info("%s: %s", title, console.duration(seconds))
 
 
-def _append(path: Path, value: dict[str, Any]) -> None:
-    rows = path.read_bytes() if path.exists() else b""
-    rundir.write_atomic(path, rows + orjson.dumps(value) + b"\n")
-
-
-def stage_times(stage_log: Path) -> dict[str, tuple[float, float]]:
-    """{stage: (seconds over all attempts, peak memory in GiB)} in the order in which the stages ran."""
-    times: dict[str, tuple[float, float]] = {}
-    for line in stage_log.read_bytes().splitlines():
-        entry = orjson.loads(line)
-        seconds, peak_gib = times.get(entry["stage"], (0.0, 0.0))
-        times[entry["stage"]] = (seconds + entry["seconds"], max(peak_gib, entry["peak_gib"]))
-    return times
-
-
-def _show_times(stage_log: Path) -> None:
-    times = stage_times(stage_log)
-    rows = [(name, console.duration(seconds), f"{peak:.1f} GiB") for name, (seconds, peak) in times.items()]
-    whole = ("all", console.duration(sum(s for s, _ in times.values())), f"{max(p for _, p in times.values()):.1f} GiB")
+def _show_costs(folder: Path) -> None:
+    costs = stage_log.costs(folder)
+    rows = [(each.stage, console.duration(each.seconds), f"{each.peak_gib:.1f} GiB") for each in costs]
+    seconds, peak = sum(each.seconds for each in costs), max(each.peak_gib for each in costs)
+    whole = ("all", console.duration(seconds), f"{peak:.1f} GiB")
     console.table("time and memory a stage", ("stage", "time", "peak memory"), [*rows, whole])
 
 

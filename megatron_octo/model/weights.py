@@ -37,13 +37,6 @@ def put_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
             raise OctoError(f"the checkpoint and the model do not fit: {', '.join(wrong[:5])}", fix="use another save")
 
 
-def save_weights(chunks: Sequence[Any], folder: Path) -> None:
-    """Write the weights, and nothing else, into the existing empty `folder`. All ranks call it."""
-    from megatron.core import dist_checkpointing
-
-    dist_checkpointing.save(sharded_weights(chunks), str(folder))
-
-
 def load_weights(chunks: Sequence[Any], folder: Path) -> None:
     """Fill the chunks with the weights in `folder`, however the model that wrote them was cut. All ranks call it."""
     from megatron.core import dist_checkpointing

@@ -99,7 +99,7 @@ def _missing_on_gpu() -> list[Missing]:
                 fix="pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]==2.20.2'",
             )
         )
-    if not _installed("amp_C"):  # NVIDIA apex's extension; the package index's `apex` is another project
+    if not has_apex():
         missing.append(
             Missing(
                 what="NVIDIA apex",
@@ -108,6 +108,11 @@ def _missing_on_gpu() -> list[Missing]:
             )
         )
     return missing
+
+
+def has_apex() -> bool:
+    """Whether NVIDIA apex is installed, told by its extension: the package index's `apex` is another project."""
+    return _installed("amp_C")
 
 
 def _quiet() -> None:

@@ -5,7 +5,6 @@ Nothing heavy is imported: versions come from package metadata, devices from the
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from megatron_octo.platform import has_apex
 
 PROBE_TIMEOUT_S = 10.0
 LOCKED = "make setup (installs requirements/cpu.txt)"
@@ -129,9 +130,9 @@ def _gpu() -> Part:
 
 
 def _apex() -> Part:
-    # `amp_C` is NVIDIA apex's compiled extension; the package index's `apex` is another project.
-    found = "present" if importlib.util.find_spec("amp_C") else ""
-    fix = "build it from NVIDIA's source (github.com/NVIDIA/apex); `pip install apex` is another project"
+    found = "present" if has_apex() else ""
+    build = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ./apex"
+    fix = f"git clone https://github.com/NVIDIA/apex && {build}   (`pip install apex` is another project)"
     return Part(
         name="NVIDIA apex", found=found, use="fused optimizer and norms where Transformer Engine is not", fix=fix
     )

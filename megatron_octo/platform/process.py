@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 30.0
 SAMPLE_MEMORY_EVERY_S = 2.0
+SAMPLES_A_NOTE = 5
 GIB = 1024**3
 
 
@@ -30,6 +32,13 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "PATH": path, **(extra or {})}
 
 
+def die_with(parent: int, signum: signal.Signals) -> None:
+    """Have the kernel send this process `signum` when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
+
+
 @contextlib.contextmanager
 def tied_child(
     argv: Sequence[str],
@@ -42,18 +51,12 @@ def tied_child(
     `output` receives stdout and stderr together; None leaves both to the terminal.
     """
     parent = os.getpid()
-
-    def tie() -> None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # the parent died before the line above
-            os._exit(1)
-
     child = subprocess.Popen(
         list(argv),
         env=child_environment(env),
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
-        preexec_fn=tie,  # noqa: PLW1509 - calls prctl and getppid only, which no lock guards
+        preexec_fn=lambda: die_with(parent, signal.SIGTERM),  # noqa: PLW1509 - system calls only: no lock guards them
     )
     try:
         yield child
@@ -93,24 +96,31 @@ def run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
         return child.wait()
 
 
-def run_and_watch(argv: Sequence[str]) -> tuple[int, float]:
-    """Run `argv` to its end; return its exit code and the peak memory of it and its descendants, GiB.
+def run_and_watch(argv: Sequence[str], note: Callable[[float, float], None]) -> int:
+    """Run `argv` to its end and return its exit code.
 
-    Memory is the sum of the proportional set sizes: a page that processes share counts once.
+    `note` is told, now and then and at the end, the seconds so far and the peak memory of `argv` and its descendants,
+    GiB. Memory is the sum of the proportional set sizes: a page that processes share counts once.
     """
-    peak, over = [0.0], threading.Event()
+    start, peak, over = time.monotonic(), [0.0], threading.Event()
 
     def watch(pid: int) -> None:
+        samples = 0
         while not over.wait(SAMPLE_MEMORY_EVERY_S):
             peak[0] = max(peak[0], family_memory_gib(pid))
+            samples += 1
+            if samples % SAMPLES_A_NOTE == 0:
+                note(time.monotonic() - start, peak[0])
 
     with tied_child(argv) as child:
         watcher = threading.Thread(target=watch, args=(child.pid,), daemon=True)
         watcher.start()
         try:
-            return child.wait(), peak[0]
+            return child.wait()
         finally:
             over.set()
+            watcher.join()
+            note(time.monotonic() - start, peak[0])
 
 
 def family_memory_gib(pid: int) -> float:

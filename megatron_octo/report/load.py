@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_octo import lineage, rundir
+from megatron_octo import lineage, rundir, stage_log
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.config.train import FromRun, MidTrainConfig
@@ -19,8 +19,8 @@ from megatron_octo.evaluate.run import SCORES, Scores, read_scores
 from megatron_octo.evaluate.statistics import paired_difference
 from megatron_octo.lineage import Lineage
 from megatron_octo.report.source import BranchSource, Source
+from megatron_octo.stage_log import StageCost
 
-STAGE_LOG = "stages.jsonl"
 METRICS = "metrics.jsonl"
 
 
@@ -70,15 +70,6 @@ class Branch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StageTime:
-    """What one stage of the pipeline cost, over all attempts."""
-
-    stage: str
-    seconds: float
-    peak_gib: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """All that the page shows."""
 
@@ -86,7 +77,7 @@ class Report:
     stable: Run | None
     stable_scores: Scores | None
     branches: tuple[Branch, ...]
-    times: tuple[StageTime, ...]
+    costs: tuple[StageCost, ...]
     notes: tuple[str, ...]
     """What is missing, a sentence each."""
 
@@ -105,13 +96,15 @@ def load(source: Source) -> Report:
         for each, label in zip(source.branches, labels, strict=True)
     )
     stable_scores = _scores(source.stable_scores, "the stable model", notes) if stable else None
-    times = _times(source.pipeline, notes)
+    costs = tuple(stage_log.costs(source.pipeline)) if source.pipeline else ()
+    if not costs:
+        notes.append("No times of stages: `octo pipeline` writes them.")
     return Report(
         title=source.title,
         stable=stable,
         stable_scores=stable_scores,
         branches=branches,
-        times=times,
+        costs=costs,
         notes=tuple(notes),
     )
 
@@ -204,20 +197,6 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl by step; of a step made again after a restart, the last."""
     rows = {int(row["step"]): row for row in _read_lines(path) if "step" in row}
     return [rows[step] for step in sorted(rows)]
-
-
-def _times(pipeline: Path | None, notes: list[str]) -> tuple[StageTime, ...]:
-    rows = _read_lines(pipeline / STAGE_LOG) if pipeline else []
-    if not rows:
-        notes.append("No times of stages: `octo pipeline` writes them.")
-    totals: dict[str, StageTime] = {}
-    for row in rows:
-        old = totals.get(row["stage"], StageTime(stage=row["stage"], seconds=0.0, peak_gib=None))
-        peaks = [peak for peak in (old.peak_gib, row.get("peak_gib")) if peak is not None]
-        totals[old.stage] = StageTime(
-            stage=old.stage, seconds=old.seconds + row["seconds"], peak_gib=max(peaks, default=None)
-        )
-    return tuple(totals.values())
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

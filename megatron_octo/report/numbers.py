@@ -50,8 +50,8 @@ def numbers(report: Report) -> dict[str, Any]:
         "lineage": [node.to_dict() for node in descent(report)],
         "stable": {**run_numbers(report.stable), "scores": _scores(report.stable_scores)} if report.stable else None,
         "branches": [_branch(branch) for branch in report.branches],
-        "stages": [{"stage": each.stage, "seconds": each.seconds, "peak_gib": each.peak_gib} for each in report.times],
-        "seconds": sum(each.seconds for each in report.times),
+        "stages": [{"stage": each.stage, "seconds": each.seconds, "peak_gib": each.peak_gib} for each in report.costs],
+        "seconds": sum(each.seconds for each in report.costs),
     }
 
 

@@ -223,24 +223,24 @@ def _rl(report: Report) -> str:
 
 
 def _times(report: Report) -> str:
-    if not report.times:
+    if not report.costs:
         return _section("Time", _missing("No times of stages: `octo pipeline` writes them."))
-    total = sum(each.seconds for each in report.times)
+    total = sum(each.seconds for each in report.costs)
     rows = [
         [
             escape(each.stage),
             _time(each.seconds),
             f"{100 * each.seconds / total:.0f}%" if total else NOTHING,
-            _number(each.peak_gib, ".1f"),
+            f"{each.peak_gib:.1f}",
         ]
-        for each in report.times
+        for each in report.costs
     ]
-    peaks = [each.peak_gib for each in report.times if each.peak_gib is not None]
-    rows.append(["<b>all</b>", f"<b>{_time(total)}</b>", "100%", _number(max(peaks, default=None), ".1f")])
+    peak = max(each.peak_gib for each in report.costs)
+    rows.append(["<b>all</b>", f"<b>{_time(total)}</b>", "100%", f"{peak:.1f}"])
     columns = ("stage", "time", "share", "peak memory, GiB")
     return _section(
         "Time",
-        _plot(plots.times(report.times), "Time of each stage") + _table(columns, rows, "All attempts together."),
+        _plot(plots.costs(report.costs), "Time of each stage") + _table(columns, rows, "All attempts together."),
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_octo.report.load import Report, Run, StageTime
+from megatron_octo.report.load import Report, Run
+from megatron_octo.stage_log import StageCost
 
 INK, GRID, STABLE = "#222222", "#e3e3e3", "#555555"
 BRANCH_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -98,7 +99,7 @@ def over_rl_steps(report: Report, metric: str, unit: str, *, limit: float | None
     return figure
 
 
-def times(stages: Sequence[StageTime]) -> Any:
+def costs(stages: Sequence[StageCost]) -> Any:
     """What each stage took, in the order in which they ran."""
     long = max(each.seconds for each in stages) > 7200
     unit, scale = ("hours", 3600) if long else ("seconds", 1)

@@ -143,7 +143,7 @@ def check_command(arguments: Sequence[str]) -> None:
     """
     env = environment(os.environ, cuda=True)  # no patches: nothing heavy is imported
     run = subprocess.run(
-        [sys.executable, "-m", "megatron_octo.rl.parse", *arguments],
+        [sys.executable, "-m", "megatron_octo.platform.openrlhf_parse", *arguments],
         env=env,
         capture_output=True,
         text=True,

@@ -6,7 +6,6 @@ run failed, on a pipe of its own. Ends when its input does, and dies with its pa
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -19,17 +18,19 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from megatron_octo.platform.deepspeed_kernels import compile_cpu_kernels
+from megatron_octo.platform.process import die_with
+
 ENTRY = "openrlhf.cli.train_ppo_ray"
 OBJECT_STORE_BYTES_CPU = 512 * 1024**2
 RELEASE_TIMEOUT_S = 30
-PR_SET_PDEATHSIG = 1
 
 
 def main(folder: Path, num_gpus: int, cuda: bool, status: int, parent: int) -> None:
     """Serve runs until the input ends."""
-    die_with(parent)
+    die_with(parent, signal.SIGKILL)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray's own ending runs at exit
-    preload = threading.Thread(target=_import_entry, daemon=True)  # meanwhile Ray's processes start
+    preload = threading.Thread(target=_preload, args=(cuda,), daemon=True)  # meanwhile Ray's processes start
     preload.start()
     start_ray(folder, num_gpus=num_gpus, cuda=cuda)
     preload.join()
@@ -37,13 +38,6 @@ def main(folder: Path, num_gpus: int, cuda: bool, status: int, parent: int) -> N
         message = _run(json.loads(line))
         release()
         os.write(status, json.dumps(message).encode() + b"\n")
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however that ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
-        os._exit(1)
 
 
 def start_ray(folder: Path, *, num_gpus: int, cuda: bool) -> None:
@@ -63,9 +57,12 @@ def start_ray(folder: Path, *, num_gpus: int, cuda: bool) -> None:
     )
 
 
-def _import_entry() -> None:
-    """Import what the entry point imports; its own code runs under `__main__` only."""
+def _preload(cuda: bool) -> None:
+    """Import what the entry point imports (its own code runs under `__main__` only), and have its kernels ready."""
     import openrlhf.cli.train_ppo_ray  # noqa: F401
+
+    if not cuda:
+        compile_cpu_kernels()
 
 
 def _run(arguments: list[str]) -> str:

@@ -73,7 +73,9 @@ def has_gpu() -> bool:
 
 def _skip(config: RLConfig) -> bool:
     rundir.check_free(config.output)
-    rundir.check_config(config.output, to_dict(config))
+    rundir.check_config(
+        config.output, to_dict(config), fix="give this run another --output, or the settings of the folder"
+    )
     if rundir.is_done(config.output):
         log.info("%s: RL is done, skipped", config.output)
         return True

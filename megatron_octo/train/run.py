@@ -49,6 +49,7 @@ MAY_DIFFER = (
     "save",
     "log_every_steps",
 )
+FIX = "give this run another name (--name), or the settings of the folder"
 REPORTED_PACKAGES = ("megatron_octo", "torch", "megatron-core", "transformer-engine", "numpy")
 
 
@@ -96,7 +97,7 @@ def finished(config: MidTrainConfig) -> bool:
         BadInput: the run folder was made with other settings.
     """
     run = rundir.run_folder(config.name)
-    rundir.check_config(run, to_dict(config), may_differ=MAY_DIFFER)
+    rundir.check_config(run, to_dict(config), fix=FIX, may_differ=MAY_DIFFER)
     return rundir.is_done(run)
 
 
@@ -109,7 +110,7 @@ def check(config: MidTrainConfig, world_size: int) -> Inputs:
     """
     plan = config.resolve(world_size)
     run = rundir.run_folder(config.name)
-    rundir.check_config(run, to_dict(config), may_differ=MAY_DIFFER)
+    rundir.check_config(run, to_dict(config), fix=FIX, may_differ=MAY_DIFFER)
     mixture = read_mixture(config.data, model_vocab_size=config.model.vocab_size)
     resumed = latest_save(run)
     if resumed is not None:  # the start is behind it: its folder may be gone

@@ -292,13 +292,14 @@ def _layouts(work: Path) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megatron_octo.model.build import build_model
-    from megatron_octo.model.weights import load_weights, save_weights
+    from megatron_octo.model.weights import load_weights, sharded_weights
     from megatron_octo.platform import resolve
     from megatron_octo.platform.process_group import model_parallel
 
     platform = resolve()
     platform.activate()
     dist.init_process_group(platform.backend)
+    from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as groups
 
     for name, parallel in LAYOUTS.items():
@@ -319,7 +320,7 @@ def _layouts(work: Path) -> dict[str, Any]:
             load_weights(chunks, work / "import")
             folder = work / "layouts" / name
             folder.mkdir(parents=True, exist_ok=True)
-            save_weights(chunks, folder)
+            dist_checkpointing.save(sharded_weights(chunks), str(folder))
             if dist.get_rank() == 0:
                 rundir.write_json(folder / "model.json", to_dict(MODEL))
                 lineage.write(folder, lineage.Lineage(name=name, kind="train", weights_sha256=name, step=1))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import orjson
 import pytest
 
 from megatron_octo import rundir
+from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
-from megatron_octo.errors import OctoError
+from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.launch import pipeline
-from tests.conftest import REPOSITORY
+from megatron_octo.stage_log import costs
+from tests.conftest import REPOSITORY, snapshot
 
 
 @pytest.fixture
@@ -53,14 +54,15 @@ def started(config, monkeypatch) -> list[str]:
     todo = {stage.argv: stage for stage in pipeline.stages(config)}
     names: list[str] = []
 
-    def run(argv):
+    def run(argv, note):
         stage = todo[tuple(argv[argv.index("megatron_octo") + 1 :])]
         names.append(stage.name)
         if stage.name == "export miniature-decay-long" and names.count(stage.name) == 1:
-            return 1, 0.5
+            return 1
         for output in stage.outputs:
             rundir.mark_done(output)
-        return 0, 0.5
+        note(2.0, 0.5)
+        return 0
 
     monkeypatch.setattr(pipeline, "run_and_watch", run)
     return names
@@ -75,5 +77,14 @@ def test_a_failed_stage_stops_the_row_and_a_rerun_goes_on_from_there(config, sta
     pipeline.run_pipeline(config)
     assert started[1:3] == ["export miniature-decay-long", "train miniature-decay-hybrid"]
     assert started[-1] == "report"
-    lines = (runs / "miniature" / "stages.jsonl").read_bytes().splitlines()
-    assert {"stage", "seconds", "peak_gib"} <= orjson.loads(lines[0]).keys()
+    assert [cost.stage for cost in costs(runs / "miniature")] == [stage.name for stage in pipeline.stages(config)]
+
+
+def test_a_stage_folder_of_another_run_is_refused_before_any_stage_runs(config, started, runs):
+    other = replace(config.rl[-1], learning_rate=1.0)
+    rundir.claim(other.output, to_dict(other))
+    before = snapshot(runs)
+    with pytest.raises(BadInput, match=r"learning_rate: 1\.0 in the folder"):
+        pipeline.run_pipeline(config)
+    assert not started
+    assert snapshot(runs) == before

@@ -40,8 +40,12 @@ def test_memory_of_a_whole_family_is_watched():
     from megatron_octo.platform.process import run_and_watch
 
     grandchild = "import time; b = bytearray(300 << 20); time.sleep(2.5)"
-    code, peak_gib = run_and_watch(
-        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"]
+    notes: list[tuple[float, float]] = []
+    code = run_and_watch(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"],
+        lambda seconds, peak_gib: notes.append((seconds, peak_gib)),
     )
     assert code == 0
+    seconds, peak_gib = notes[-1]
+    assert seconds > 2.5
     assert 0.29 < peak_gib < 0.6

@@ -174,7 +174,7 @@ def test_every_axis_of_every_figure_says_what_it_shows(report: Report) -> None:
         assert figure.layout.xaxis.title.text
         assert figure.layout.yaxis.title.text
     assert "%" in plots.accuracy(report).layout.yaxis.title.text
-    assert "seconds" in plots.times(report.times).layout.xaxis.title.text
+    assert "seconds" in plots.costs(report.costs).layout.xaxis.title.text
 
 
 def test_descent_is_one_tree_from_base_to_rl(report: Report) -> None:

@@ -43,7 +43,12 @@ def parsed(config: RLConfig, *, cuda: bool, num_episodes: int = 1) -> dict[str, 
     """What OpenRLHF itself makes of the command line."""
     pytest.importorskip("openrlhf", reason="openrlhf is not installed")
     run = subprocess.run(
-        [sys.executable, "-m", "megatron_octo.rl.parse", *command(config, num_episodes=num_episodes, cuda=cuda)],
+        [
+            sys.executable,
+            "-m",
+            "megatron_octo.platform.openrlhf_parse",
+            *command(config, num_episodes=num_episodes, cuda=cuda),
+        ],
         env=environment(os.environ, cuda=True),
         capture_output=True,
         text=True,

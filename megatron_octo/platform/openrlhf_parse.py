@@ -1,4 +1,4 @@
-"""`python -m megatron_octo.rl.parse ARGUMENTS`: OpenRLHF's parser and checks alone; prints its settings as JSON.
+"""`python -m megatron_octo.platform.openrlhf_parse ARGUMENTS`: OpenRLHF's parser and checks alone; prints JSON.
 
 OpenRLHF parses inside its training script, whose imports (torch, vLLM, DeepSpeed) cost half a minute.
 Empty stand-ins for them are enough to run the script up to its first act.
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
 
 SCRIPT = "openrlhf.cli.train_ppo_ray"
 STAND_INS = ("ray", "openrlhf.trainer", "openrlhf.utils")
@@ -55,7 +54,17 @@ class _Anything(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return stop if name == "get_strategy" else MagicMock()
+        return stop if name == "get_strategy" else _Inert()
+
+
+class _Inert:
+    """A value that can be decorated with, called and looked into, and does nothing."""
+
+    def __call__(self, *_: Any, **__: Any) -> _Inert:
+        return self
+
+    def __getattr__(self, name: str) -> _Inert:
+        return self
 
 
 def stop(settings: Namespace) -> None:
