@@ -55,9 +55,7 @@ def _run(name: str, rest: list[str], *, verbose: bool) -> int:
     try:
         importlib.import_module(f"megatron_octo.cli.{name}").main(rest)
     except OctoError as error:
-        if verbose:
-            raise
-        console.logger(__name__).error("octo %s: %s", name, error)
+        console.logger(__name__).error("octo %s: %s", name, error, exc_info=verbose)
         return error.exit_code
     except KeyboardInterrupt:
         console.logger(__name__).error("octo %s: interrupted; run it again to continue", name)

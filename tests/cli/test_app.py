@@ -57,6 +57,13 @@ def test_a_mistyped_command_names_the_nearest(octo):
     assert "octo train" in done.stderr
 
 
+def test_verbose_may_stand_before_the_command_and_shows_where(octo):
+    done = octo("-v", "train", "nowhere.py")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert "there is no file nowhere.py" in done.stderr
+
+
 def test_recipes_are_listed_and_shown(octo):
     rows = json.loads(octo("recipes", "list", "--json").stdout)
     listed = {row["recipe"].split(":")[1]: row for row in rows}

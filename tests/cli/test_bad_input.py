@@ -70,6 +70,19 @@ def test_a_mistyped_option(refused):
     assert "--parallel.tensor" in message
 
 
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        (("train", STABLE, "--rank", "2"), "--ranks"),
+        (("pipeline", "recipes/miniature.py", "--dryrun"), "--dry-run"),
+        (("rl", "recipes/miniature.py:rl_long", "--dry_run"), "--dry-run"),
+        (("data", "prepare", "recipes/miniature.py", "--dry-rn"), "--dry-run"),
+    ],
+)
+def test_a_mistyped_option_of_the_command_itself(refused, command, meant):
+    assert f"did you mean {meant}?" in refused(*command)
+
+
 def test_an_option_of_the_wrong_type(refused):
     message = refused("train", STABLE, "--parallel.tensor", "two")
     assert "two" in message
