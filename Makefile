@@ -24,7 +24,7 @@ $(STAMP): requirements/cpu.txt setup.py .python-version
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP)  ## the whole road in miniature on this machine (half an hour on two cores)
+demo: $(STAMP)  ## the whole road in miniature on this machine (a quarter of an hour on two cores)
 	$(BIN)/octo pipeline recipes/miniature.py
 
 test: $(STAMP) lint types  ## what CI runs

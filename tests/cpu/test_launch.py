@@ -46,6 +46,8 @@ def started(recipe: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=log,
             text=True,
+            # a shell ignores it for what runs in its background, and children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - a system call only
         )
         try:
             yield process
