@@ -6,6 +6,7 @@ rank 0 speaks, except for warnings and errors, which carry their rank.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,6 +94,41 @@ def progress[T](items: Iterable[T], *, total: int | None, title: str) -> Iterato
             share = f" of {total:,} ({100 * done / total:.1f}%)" if total else ""
             log.info("%s: %s%s", title, f"{done:,}", share)
             last = time.monotonic()
+
+
+@contextlib.contextmanager
+def meter(title: str, total: float) -> Iterator[Callable[[float, str], None]]:
+    """Yield a function of (how much more is done, a remark): a bar on a terminal, a line every 30 s elsewhere.
+
+    `total` is what all of it adds up to.
+    """
+    if sys.stderr.isatty() and rank() == 0:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[remark]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=total, remark="")
+            yield lambda more, remark: bar.update(task, advance=more, remark=remark)
+        return
+    log, began, last, done = logger(__name__), time.monotonic(), time.monotonic(), 0.0
+
+    def show(more: float, remark: str) -> None:
+        nonlocal done, last
+        done += more
+        now = time.monotonic()
+        if now - last >= QUIET_PROGRESS_EVERY_S and 0 < done <= total:
+            left = duration((now - began) * (total - done) / done)
+            log.info("%s: %.1f%%, %s, about %s left", title, 100 * done / total, remark, left)
+            last = now
+
+    yield show
 
 
 def duration(seconds: float) -> str:

@@ -61,17 +61,20 @@ def write_source(folder: Path, tokenizer: Path, *, seed: int, documents: int = 2
             ids.append(rule if rng.random() < 0.9 else int(rng.integers(3, VOCAB)))
         return [*ids, EOS]
 
-    return _write(folder, tokenizer, [[document() for _ in range(documents // 2)] for _ in range(2)], vocab_size)
+    return write_documents(
+        folder, tokenizer, [[document() for _ in range(documents // 2)] for _ in range(2)], vocab_size
+    )
 
 
 def write_uniform_source(folder: Path, tokenizer: Path) -> Path:
     """A data set whose every training sequence is the same, in whatever order it is read."""
     pattern = [int(i) for i in np.random.default_rng(7).integers(3, VOCAB, 8)]
     assert SEQ_LENGTH % len(pattern) == 0
-    return _write(folder, tokenizer, [[pattern * 20] * 20], VOCAB)
+    return write_documents(folder, tokenizer, [[pattern * 20] * 20], VOCAB)
 
 
-def _write(folder: Path, tokenizer: Path, shards: list[list[list[int]]], vocab_size: int) -> Path:
+def write_documents(folder: Path, tokenizer: Path, shards: list[list[list[int]]], vocab_size: int) -> Path:
+    """A data set of these documents, a list a shard."""
     folder.mkdir(parents=True)
     dtype, records = token_type(vocab_size), []
     for number, documents in enumerate(shards):
@@ -126,8 +129,8 @@ def stage(data: Path, name: str, *, steps: int = 20, save_every: int = 20) -> Mi
         start=FromScratch(),
         data=MixtureConfig(
             sources=(
-                SourceConfig(name="a", path=data / "a", weight=0.7),
-                SourceConfig(name="b", path=data / "b", weight=0.3),
+                SourceConfig(name="a", path=data / "a", weight=0.7, max_epochs=1e9),
+                SourceConfig(name="b", path=data / "b", weight=0.3, max_epochs=1e9),
             ),
             tokenizer=data / "tokenizer",
             seq_length=SEQ_LENGTH,

@@ -1,4 +1,4 @@
-"""`octo data generate | tokenizer | prepare | inspect`: text to token ids on disk."""
+"""`octo data generate | tokenizer | prepare | inspect | verify | merge | mix`: text to token ids on disk."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from megatron_octo.rundir import is_written
 
 if TYPE_CHECKING:
     from megatron_octo.data.manifest import Manifest
+    from megatron_octo.data.mix import SourcePlan
 
 ABOUT = {
     "generate": "Write the miniature's corpora and problems, drawn from a seed.",
     "tokenizer": "Train a SentencePiece tokenizer and write it as a Hugging Face folder.",
     "prepare": "Turn text into indexed token ids with a manifest, one folder a source.",
     "inspect": "Show a prepared data set: its manifest and some documents.",
+    "verify": "Read a prepared data set whole and compare it with its manifest.",
+    "merge": "Make one data set of several that were prepared alike.",
+    "mix": "Show what a stage reads of each source: tokens, sequences, epochs.",
 }
 
 
@@ -33,8 +37,16 @@ def main(argv: Sequence[str]) -> None:
     options = parser("data", f"From text to token ids on disk.\n\n{lines}\n\nocto data COMMAND --help says more.")
     options.add_argument("command", choices=ABOUT, metavar=" | ".join(ABOUT))
     command = options.parse_args(argv[:1]).command
-    run = {"generate": _generate, "tokenizer": _tokenizer, "prepare": _prepare, "inspect": _inspect}[command]
-    run(argv[1:])
+    run = {
+        "generate": _generate,
+        "tokenizer": _tokenizer,
+        "prepare": _prepare,
+        "inspect": _inspect,
+        "verify": _verify,
+        "merge": _merge,
+        "mix": _mix,
+    }
+    run[command](argv[1:])
 
 
 def _generate(argv: Sequence[str]) -> None:
@@ -62,7 +74,7 @@ def _tokenizer(argv: Sequence[str]) -> None:
         _show_plan([_plan(config.output, done=is_written(config.output, to_dict(config)), inputs=inputs)], own)
         return
     from megatron_octo.data.manifest import tokenizer_sha256
-    from megatron_octo.data.tokenizer import train_tokenizer
+    from megatron_octo.data.tokenizer_training import train_tokenizer
 
     train_tokenizer(config)
     if own.json:
@@ -78,11 +90,13 @@ def _prepare(argv: Sequence[str]) -> None:
     configs = _sources(settings, own)
     todo = [config for config in configs if not is_prepared(config)]
     if own.dry_run:
-        _show_plan([_plan(c.output, done=c not in todo, inputs=(c.input, c.tokenizer)) for c in configs], own)
+        _show_plan(
+            [_plan(c.output, done=c not in todo, inputs=[p for p in (c.input, c.tokenizer) if p]) for c in configs], own
+        )
         return
     for config in todo:
         check(config)  # all of them before the first is written
-    rows = [_summary(prepare(config), config.output) for config in configs]
+    rows = [_summary(prepare(config, num_workers=own.workers), config.output) for config in configs]
     if own.json:
         console.emit_json(rows)
     else:
@@ -120,6 +134,82 @@ def _inspect(argv: Sequence[str]) -> None:
         console.emit(f"document {number}, {each['tokens']} tokens\n{each['text']}\n")
 
 
+def _verify(argv: Sequence[str]) -> None:
+    from megatron_octo.data.verify import verify
+
+    options = parser("data verify", ABOUT["verify"])
+    options.add_argument("folders", metavar="FOLDER", type=Path, nargs="+", help="written by `octo data prepare`")
+    options.add_argument("--json", action="store_true", help="machine output")
+    own = options.parse_args(argv)
+    rows = []
+    for folder in own.folders:
+        manifest = verify(folder)
+        rows.append(_summary(manifest, folder))
+        console.logger(__name__).info("%s: %s tokens are what the manifest says", folder, f"{manifest.tokens:,}")
+    if own.json:
+        console.emit_json(rows)
+
+
+def _merge(argv: Sequence[str]) -> None:
+    from megatron_octo.data.merge import merge
+
+    options = parser("data merge", ABOUT["merge"])
+    options.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write")
+    options.add_argument("folders", metavar="FOLDER", type=Path, nargs="+", help="written by `octo data prepare`")
+    options.add_argument("--name", help="the source's name (default: the folder's)")
+    options.add_argument("--json", action="store_true", help="machine output")
+    own = options.parse_args(argv)
+    summary = _summary(merge(own.output, own.folders, name=own.name or own.output.name), own.output)
+    if own.json:
+        console.emit_json(summary)
+    else:
+        console.table("merged data set", list(summary), [[_plain(each) for each in summary.values()]])
+
+
+def _mix(argv: Sequence[str]) -> None:
+    from megatron_octo.config.train import MidTrainConfig
+    from megatron_octo.data.mix import check_repeats, plan
+    from megatron_octo.data.mixture import read_mixture
+
+    options = recipe_parser("data mix", ABOUT["mix"])
+    options.add_argument("--json", action="store_true", help="machine output")
+    kinds: tuple[type[MidTrainConfig | PipelineConfig], ...] = (MidTrainConfig, PipelineConfig)
+    own, overrides = parse_recipe(options, argv, kinds)
+    settings = load_recipe(own.recipe, kinds, overrides, command="octo data mix")
+    stages = (settings.stable, *settings.branches) if isinstance(settings, PipelineConfig) else (settings,)
+    plans = {}
+    for stage in stages:
+        mixture = read_mixture(stage.data, model_vocab_size=stage.model.vocab_size)
+        plans[stage.name] = plan(stage.data, available=mixture.tokens, train_tokens=stage.budget.train_tokens)
+    if own.json:
+        console.emit_json({name: [_mix_row(each) for each in lines] for name, lines in plans.items()})
+    else:
+        for stage in stages:
+            rows = [[_plain(each) for each in _mix_row(line).values()] for line in plans[stage.name]]
+            title = f"{stage.name}: {stage.budget.train_tokens:,} tokens, sequences of {stage.data.seq_length:,}"
+            console.table(title, list(_mix_row(plans[stage.name][0])), rows)
+    for lines in plans.values():
+        check_repeats(lines)
+
+
+def _mix_row(each: SourcePlan) -> dict[str, Any]:
+    return {
+        "source": each.name,
+        "weight": each.weight,
+        "tokens": each.tokens,
+        "sequences": each.sequences,
+        "available": each.available,
+        "epochs": round(each.epochs, 3),
+        "max epochs": each.max_epochs,
+    }
+
+
+def _at_least_one(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
 def _documents(own: argparse.Namespace, manifest: Manifest) -> list[dict[str, Any]]:
     from megatron_octo.data.indexed import read_documents
     from megatron_octo.data.tokenizer import load_tokenizer
@@ -145,6 +235,8 @@ def _load[S: Settings](
     options.add_argument("--json", action="store_true", help="machine output")
     if command == "prepare":
         options.add_argument("--source", metavar="NAME", nargs="+", help="of a pipeline's sources, these only")
+        workers = "processes that encode (default: one a core); the result is the same for any number"
+        options.add_argument("--workers", metavar="N", type=_at_least_one, help=workers)
     kinds: tuple[type[S | PipelineConfig], ...] = (kind, PipelineConfig)
     own, overrides = parse_recipe(options, argv, kinds)
     return own, load_recipe(own.recipe, kinds, overrides, command=f"octo data {command}")

@@ -8,7 +8,8 @@ from typing import Literal
 
 from megatron_octo.config.base import Settings, require, require_positive
 
-Template = Literal["text", "question_answer", "long_cot", "chat"]
+Template = Literal["text", "question_answer", "long_cot", "chat", "format"]
+Loss = Literal["all", "answers"]
 WEIGHT_SUM_TOLERANCE = 1e-9
 CORPORA = ("web", "short", "long", "chat")
 MOST_HELDOUT_PROBLEMS = 5_000
@@ -16,24 +17,108 @@ MOST_RL_PROBLEMS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HubSource(Settings):
+    """Files of a data set on the Hugging Face Hub."""
+
+    repository: str
+    """`owner/name`."""
+    revision: str = "main"
+    """A commit, tag or branch; only a commit pins what is read."""
+    files: tuple[str, ...]
+    """Patterns of the files' paths in the repository (`data/*.parquet`), read in the order of their names."""
+    gated: bool = False
+    """Whether the owner wants terms accepted first: such files need HF_TOKEN."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusFacts(Settings):
+    """What is known of a corpus; nothing of it changes the result."""
+
+    licence: str
+    """Its licence, as its owner states it."""
+    expected_tokens: int | None = None
+    """Tokens that its owner or the paper states."""
+    download_bytes: int | None = None
+    """Disk that its files take."""
+    source: str = ""
+    """Where these facts come from."""
+    unconfirmed: tuple[str, ...] = ()
+    """What of this manifest nobody has confirmed, a sentence each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig(Settings):
-    """One source: text records in, an indexed data set out."""
+    """One source: records in, an indexed data set out."""
 
     name: str
     """The source's name, as mixtures call it."""
-    input: Path
-    """JSON lines, one record a line."""
+    input: Path | None = None
+    """A file, a pattern (`web/*.jsonl.zst`), or a folder that `datasets` saved. JSON lines (plain, .gz, .zst),
+    .parquet or .arrow, told apart by the name. Several files are read in the order of their names."""
+    hub: HubSource | None = None
+    """Files on the Hub, in place of `input`."""
+    facts: CorpusFacts | None = None
+    """Licence, size and what is unconfirmed; shown, not used."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """(field of the template, column of the record) where the names differ: (("question", "problem"),)."""
+    id_column: str | None = None
+    """A column to keep beside each document (NNNNN.ids, a JSON value a line)."""
     template: Template
     """How a record becomes text: text; question_answer (one line break between); long_cot (question,
-    <think> block, answer); chat (`User:{}\\nAssistant:{}`)."""
+    <think> block, answer); chat (`User:{}\\nAssistant:{}`); format (`format_string`)."""
+    format_string: str = ""
+    """For template `format`: text with {column} in it; {{ and }} are braces."""
+    chat_models: tuple[str, ...] = ()
+    """For template `chat`: keep conversations whose `model` column begins with one of these; empty keeps all."""
     tokenizer: Path
-    """A Hugging Face tokenizer folder."""
+    """A folder with tokenizer.json or tokenizer.model, or such a file; Llama-3's tiktoken file is one of the latter."""
     output: Path
     """The folder to write: shards, manifest.json, DONE."""
     bos: bool = True
     """Begin each document with the beginning-of-text id. The paper does not state it."""
     eos: bool = True
     """End each document with the end-of-text id. The paper does not state it."""
+    mark_answers: bool = False
+    """Write NNNNN.loss, a byte a token: 1 where the token is part of an answer (or is the id that ends the
+    document), for mixtures with loss on answers only. Not for templates text and format."""
+    control_text: Literal["ordinary", "bad"] = "ordinary"
+    """Text that spells a control token: tokens of its letters, counted in the manifest; or a bad record."""
+    validation_share: float = 0.0
+    """Share of the documents, chosen by the hash of their text, that goes to validation shards instead."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """At a record that cannot be read or lacks a field: stop, or write it to rejected.jsonl with the reason."""
+    most_bad_share: float = 0.01
+    """With `skip`: stop when more than this share of the records is bad."""
+    piece_bytes: int = 1 << 20
+    """Text that a worker takes at once."""
+    shard_tokens: int = 1 << 30
+    """End a shard with the piece that reaches this. When the process is killed, the shard that was open is lost."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "prepare.", "piece_bytes", "shard_tokens")
+        require(
+            (self.input is None) != (self.hub is None),
+            f"source {self.name} has {'both input and hub' if self.input else 'neither input nor hub'}",
+            fix="give one of them",
+        )
+        for name in ("validation_share", "most_bad_share"):
+            share = getattr(self, name)
+            require(0 <= share < 1, f"source {self.name}: {name} {share:g} is not in 0..1", fix="give a share below 1")
+        require(
+            (self.template == "format") == bool(self.format_string),
+            f"source {self.name}: template {self.template} with format_string {self.format_string!r}",
+            fix="give template 'format' its format_string, and no other",
+        )
+        require(
+            not self.chat_models or self.template == "chat",
+            f"source {self.name}: chat_models with template {self.template}",
+            fix="leave chat_models out",
+        )
+        require(
+            not self.mark_answers or self.template not in ("text", "format"),
+            f"source {self.name}: mark_answers with template {self.template}, which has no answer",
+            fix="leave mark_answers out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +131,10 @@ class SourceConfig(Settings):
     """A folder that `octo data prepare` wrote."""
     weight: float
     """Share of the budget's tokens."""
+    loss: Loss = "all"
+    """Learn from all tokens (the paper), or from answers only (needs `mark_answers` at preparation)."""
+    max_epochs: float = 4.0
+    """Refuse a budget that reads the source more often than this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +149,9 @@ class MixtureConfig(Settings):
     """Tokens in a training sequence."""
     shuffle_seed: int = 1234
     """Orders documents and sequences."""
+    across_documents: bool = True
+    """Attend across the borders of the documents packed into a sequence (megatron's default); False cuts
+    attention there and counts positions anew."""
 
     def __post_init__(self) -> None:
         require_positive(self, "data.", "seq_length")

@@ -9,6 +9,8 @@ a document. Training reads them with Megatron's own IndexedDataset.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import struct
 from array import array
 from collections.abc import Sequence
@@ -41,7 +43,10 @@ class IndexedWriter:
         self._prefix, self._dtype = prefix, np.dtype(dtype)
         self._lengths = array("i")
         self._bin = prefix.with_name(f"{prefix.name}.bin").open("wb")
+        self._digest = hashlib.sha256()
         self.tokens = 0
+        self.idx_sha256 = ""
+        """Hash of the .idx file, once it is written."""
 
     @property
     def documents(self) -> int:
@@ -50,17 +55,30 @@ class IndexedWriter:
 
     def add(self, ids: Sequence[int]) -> None:
         """Append one document."""
-        self._bin.write(np.array(ids, dtype=self._dtype).tobytes())
-        self._lengths.append(len(ids))
-        self.tokens += len(ids)
+        self.add_many(np.array(ids, dtype=self._dtype), np.array([len(ids)], dtype=np.int32))
+
+    def add_many(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: their ids one after the other, in the shard's number format, and their int32 lengths."""
+        data = ids.data.cast("B") if ids.size else b""
+        self._bin.write(data)
+        self._digest.update(data)
+        self._lengths.frombytes(lengths.tobytes())
+        self.tokens += ids.size
+
+    @property
+    def bin_sha256(self) -> str:
+        """Hash of the .bin file so far."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bin.close()
         if kind is None:
+            self._bin.flush()
+            os.fsync(self._bin.fileno())
             self._write_index()
+        self._bin.close()
 
     def _write_index(self) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
@@ -68,8 +86,14 @@ class IndexedWriter:
         offsets = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
         bounds = np.arange(len(lengths) + 1, dtype=np.int64)
         header = HEADER.pack(MAGIC, VERSION, CODES[self._dtype.name], len(lengths), len(bounds))
-        parts = (header, lengths.tobytes(), offsets.tobytes(), bounds.tobytes())
-        self._prefix.with_name(f"{self._prefix.name}.idx").write_bytes(b"".join(parts))
+        digest = hashlib.sha256()
+        with self._prefix.with_name(f"{self._prefix.name}.idx").open("wb") as file:
+            for part in (header, lengths.tobytes(), offsets.tobytes(), bounds.tobytes()):
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+        self.idx_sha256 = digest.hexdigest()
 
 
 def read_documents(prefix: Path, count: int) -> list[list[int]]:

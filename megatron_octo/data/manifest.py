@@ -16,6 +16,7 @@ from megatron_octo.errors import BadInput
 from megatron_octo.rundir import is_done, sha256, write_json
 
 FILE = "manifest.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 TOKEN_BYTES = {"uint16": 2, "int32": 4}
 PREPARE = "run `octo data prepare RECIPE` with the recipe that holds this source"
 
@@ -62,6 +63,10 @@ class ShardRecord(Settings):
     """Hash of the .bin file."""
     idx_sha256: str
     """Hash of the .idx file."""
+    loss_sha256: str | None = None
+    """Hash of the .loss file, a byte a token: 1 in answers. None where there is none."""
+    ids_sha256: str | None = None
+    """Hash of the .ids file, the documents' own ids as JSON, a line each. None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +90,11 @@ class Manifest(Settings):
     text_bytes: int
     """UTF-8 bytes of the documents' text."""
     rejected: int
-    """Records left out because they lack a field of the template or have no text."""
+    """Bad records left out: they lack a field of the template, have no text, or cannot be read (rejected.jsonl)."""
+    filtered: int = 0
+    """Records left out by the source's own filter."""
+    control_texts: tuple[tuple[str, int], ...] = ()
+    """(spelling of a control token, how often it stood in the texts): encoded as ordinary text."""
     dtype: Literal["uint16", "int32"]
     """Number format of an id in the .bin files."""
     tokenizer: TokenizerRecord
@@ -94,6 +103,8 @@ class Manifest(Settings):
     """The text files."""
     shards: tuple[ShardRecord, ...]
     """The shards, in order."""
+    validation: tuple[ShardRecord, ...] = ()
+    """Shards of documents held out; not counted in documents and tokens."""
 
     def __post_init__(self) -> None:
         for field in ("documents", "tokens"):
@@ -130,19 +141,35 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / FILE, to_dict(manifest))
 
 
-def tokenizer_sha256(folder: Path) -> str:
-    """Identity of a tokenizer: one hash over its tokenizer.json and tokenizer.model, whichever there are.
+def tokenizer_file(path: Path) -> Path:
+    """The file that encodes: tokenizer.json of a folder, else its tokenizer.model; or `path` itself if it is a file.
 
     Raises:
-        BadInput: `folder` holds neither.
+        BadInput: there is none.
     """
-    names = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
-    if not names:
+    return _tokenizer_files(path)[0]
+
+
+def tokenizer_sha256(path: Path) -> str:
+    """Identity of a tokenizer: one hash over a folder's tokenizer.json and tokenizer.model, whichever there are, or
+    over the one file given.
+
+    Raises:
+        BadInput: `path` holds neither.
+    """
+    return hashlib.sha256(
+        "".join(f"{each.name} {sha256(each)}\n" for each in _tokenizer_files(path)).encode()
+    ).hexdigest()
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    files = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    if not files:
         raise BadInput(
-            f"no tokenizer in {folder}: it holds neither tokenizer.json nor tokenizer.model",
+            f"no tokenizer in {path}: it holds neither tokenizer.json nor tokenizer.model",
             fix="give a Hugging Face tokenizer folder, or run `octo data tokenizer RECIPE`",
         )
-    return hashlib.sha256("".join(f"{name} {sha256(folder / name)}\n" for name in names).encode()).hexdigest()
+    return files
 
 
 def _check_length(path: Path, length: int | None) -> None:

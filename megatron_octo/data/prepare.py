@@ -1,15 +1,31 @@
-"""Text records -> token ids on disk: one source, once, in Megatron's indexed format with a manifest."""
+"""Records -> token ids on disk: one source, in Megatron's indexed format with a manifest.
+
+The files are cut into pieces, workers encode them, and this process writes what they return in the files' order. A
+shard ends with a piece, and `progress.json` says after each shard where the next begins: a rerun goes on from there.
+So the bytes depend on neither the number of workers nor on where an earlier run was killed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
-from collections.abc import Iterable, Iterator
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import orjson
+
 from megatron_octo import console
-from megatron_octo.config.base import to_dict
-from megatron_octo.config.data import PrepareConfig, Template
-from megatron_octo.data.indexed import IndexedWriter, TokenType, token_type
+from megatron_octo.config.base import Settings, read_settings, to_dict
+from megatron_octo.config.data import PrepareConfig
+from megatron_octo.data.encode import Bad, EncodedPiece, encoder
+from megatron_octo.data.indexed import token_type
 from megatron_octo.data.manifest import (
     PREPARE,
     FileRecord,
@@ -20,67 +36,90 @@ from megatron_octo.data.manifest import (
     tokenizer_sha256,
     write_manifest,
 )
-from megatron_octo.data.read import check_input, read_records
-from megatron_octo.data.templates import render
-from megatron_octo.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_octo.errors import BadInput
-from megatron_octo.rundir import is_written, new_folder, sha256, write_json
+from megatron_octo.data.read import Piece, input_files, pieces, records
+from megatron_octo.data.shards import ShardWriter
+from megatron_octo.data.templates import BadRecord, column_names, renderer
+from megatron_octo.data.tokenizer import Tokenizer, accelerated, load_tokenizer
+from megatron_octo.data.workers import default_workers, ordered
+from megatron_octo.errors import BadInput, OctoError
+from megatron_octo.rundir import LOCK, check_config, check_free, claim, is_done, lock, mark_done, sha256, write_json
 
-BATCH_DOCUMENTS = 1000
-SHARD_TOKENS = 1 << 30  # 2 or 4 GiB a file
-MOST_REJECTED = 0.5
+PROGRESS, REJECTED, SETTINGS = "progress.json", "rejected.jsonl", "config.json"
+VALIDATION = "validation_"
+SAMPLE_DOCUMENTS = 200
+JUDGED_RECORDS = 1000  # before that many, a share of bad ones says little
+SHARD_FILES = (".bin", ".idx", ".loss", ".ids")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+log = console.logger(__name__)
 
 
-def prepare(config: PrepareConfig, *, shard_tokens: int = SHARD_TOKENS) -> Manifest:
-    """Write the shards and the manifest of one source; a finished one is only read.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileState(Settings):
+    """An input file when reading began."""
+
+    path: Path
+    size_bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress(Settings):
+    """What is finished, and where to go on. Written after each shard."""
+
+    tokenizer_sha256: str
+    files: tuple[FileState, ...]
+    """The inputs, in order."""
+    file: int = 0
+    """Index of the file to go on with."""
+    start: int = 0
+    """Where in it: `Piece.start`."""
+    first: int = 1
+    """Number of the record there: `Piece.first`."""
+    shards: tuple[ShardRecord, ...] = ()
+    validation: tuple[ShardRecord, ...] = ()
+    hashed: tuple[FileRecord, ...] = ()
+    """Files whose hash is known already."""
+    num_records: int = 0
+    rejected: int = 0
+    filtered: int = 0
+    text_bytes: int = 0
+    control_texts: tuple[tuple[str, int], ...] = ()
+    rejected_bytes: int = 0
+    """Length of rejected.jsonl."""
+
+
+def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Manifest:
+    """Write the shards and the manifest of one source; a finished one is only read, an unfinished one goes on.
+
+    Args:
+        num_workers: processes that encode; None for one a core.
 
     Raises:
-        BadInput: an input is missing, the tokenizer lacks a control id that is asked for, most records
-            do not fit the template, or the output was made otherwise.
+        BadInput: an input is missing, damaged, or changed meanwhile; a record is bad, or with `skip` too many are;
+            the tokenizer lacks a control id that is asked for; the output was made otherwise. Finished shards stay.
+        OctoError: the disk is full, or a worker died. Finished shards stay.
     """
-    log = console.logger(__name__)
     if is_prepared(config):
         log.info("prepare %s: skipped, %s is there", config.name, config.output)
+        (config.output / PROGRESS).unlink(missing_ok=True)  # of an attempt killed between its last two writes
         return read_manifest(config.output)
-    tokenizer = check(config)
-    dtype = token_type(tokenizer.vocab_size)
-    with new_folder(config.output) as folder:
-        records = console.progress(read_records(config.input), total=None, title=f"prepare {config.name}")
-        texts = _Texts(records, config.template)
-        shards = _write_shards(folder, _tokenize(texts, config, tokenizer), dtype, shard_tokens)
-        texts.check(config)
-        manifest = Manifest(
-            name=config.name,
-            template=config.template,
-            bos=config.bos,
-            eos=config.eos,
-            documents=sum(shard.documents for shard in shards),
-            tokens=sum(shard.tokens for shard in shards),
-            text_bytes=texts.num_bytes,
-            rejected=texts.rejected,
-            dtype=dtype,
-            tokenizer=TokenizerRecord(
-                path=config.tokenizer,
-                sha256=tokenizer.sha256,
-                vocab_size=tokenizer.vocab_size,
-                bos_id=tokenizer.bos_id,
-                eos_id=tokenizer.eos_id,
-            ),
-            sources=(
-                FileRecord(path=config.input, size_bytes=config.input.stat().st_size, sha256=sha256(config.input)),
-            ),
-            shards=shards,
-        )
-        write_manifest(folder, manifest)
-        write_json(folder / "config.json", to_dict(config))
-    log.info(
-        "prepare %s: %s documents, %s tokens (%.1f each), %s rejected",
-        config.name,
-        f"{manifest.documents:,}",
-        f"{manifest.tokens:,}",
-        manifest.tokens / manifest.documents,
-        f"{manifest.rejected:,}",
-    )
+    tokenizer, files = check(config)
+    new = not config.output.exists()
+    try:
+        with lock(config.output):
+            claim(config.output, to_dict(config))
+            manifest = _write(config, tokenizer, files, num_workers or default_workers())
+            _finish(config, manifest)
+    except BaseException as error:
+        if new and not (config.output / PROGRESS).exists():
+            shutil.rmtree(config.output, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise OctoError(
+                f"prepare {config.name}: no room on the disk of {config.output}",
+                fix="free some, then run it again: it goes on after the last finished shard",
+            ) from error
+        raise
     return manifest
 
 
@@ -90,33 +129,41 @@ def is_prepared(config: PrepareConfig) -> bool:
     The input may be gone by now; one that is still there must have its old length.
 
     Raises:
-        BadInput: it was made otherwise.
+        BadInput: it was made otherwise, or another process is making it.
     """
-    if not is_written(config.output, to_dict(config)):
+    folder = config.output
+    check_free(folder)
+    check_config(folder, to_dict(config), fix="choose another output folder, or delete this one")
+    if not is_done(folder):
+        if folder.exists() and not (folder / SETTINGS).exists() and any(p.name != LOCK for p in folder.iterdir()):
+            raise BadInput(
+                f"output {folder} exists and no stage wrote it", fix="choose another output folder, or delete this one"
+            )
         return False
-    manifest = read_manifest(config.output)
+    manifest = read_manifest(folder)
     if config.tokenizer.exists() and tokenizer_sha256(config.tokenizer) != manifest.tokenizer.sha256:
         raise BadInput(
-            f"prepared data set {config.output} was made with another tokenizer than {config.tokenizer} holds now",
+            f"prepared data set {folder} was made with another tokenizer than {config.tokenizer} holds now",
             fix=f"delete it and {PREPARE}",
         )
     for source in manifest.sources:
         if source.path.exists() and source.path.stat().st_size != source.size_bytes:
             raise BadInput(
-                f"prepared data set {config.output} was made from {source.path} when that had {source.size_bytes:,} "
+                f"prepared data set {folder} was made from {source.path} when that had {source.size_bytes:,} "
                 f"bytes; it has {source.path.stat().st_size:,} now",
                 fix=f"delete it and {PREPARE}",
             )
     return True
 
 
-def check(config: PrepareConfig) -> Tokenizer:
-    """Load the tokenizer of a source that is to be prepared; changes nothing.
+def check(config: PrepareConfig) -> tuple[Tokenizer, list[Path]]:
+    """The tokenizer and the files of a source that is to be prepared; changes nothing.
 
     Raises:
-        BadInput: the input or the tokenizer is missing, or the tokenizer lacks a control id that is asked for.
+        BadInput: an input or the tokenizer is missing, or the tokenizer lacks a control id that is asked for.
     """
-    check_input(config.input)
+    assert config.input is not None, "the Hub is not read yet"
+    files = input_files(config.input)
     tokenizer = load_tokenizer(config.tokenizer)
     for name, wanted, index in (("bos", config.bos, tokenizer.bos_id), ("eos", config.eos, tokenizer.eos_id)):
         if wanted and index is None:
@@ -124,63 +171,316 @@ def check(config: PrepareConfig) -> Tokenizer:
                 f"source {config.name} asks for {name}, and the tokenizer {config.tokenizer} has no {name}_token",
                 fix=f"set {name}=False, or name the token in tokenizer_config.json",
             )
-    return tokenizer
+    return tokenizer, files
 
 
-class _Texts:
-    """The texts of records, counted while they are passed on."""
+def _write(config: PrepareConfig, tokenizer: Tokenizer, files: Sequence[Path], num_workers: int) -> Manifest:
+    """All shards from where an earlier attempt stopped, then the manifest."""
+    folder, began = config.output, time.monotonic()
+    progress = _resume(config, tokenizer, files)
+    # the workers are the parallelism; a library's own threads would not survive their fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = accelerated(tokenizer, _sample(config, files))
+    with ThreadPoolExecutor(1) as hashing:
+        # its thread begins with the first file, after the workers have been forked
+        reading = _Reading(config, files, progress, hashing)
+        shards = _Shards(config, tokenizer, progress)
+        with (
+            contextlib.closing(shards),
+            console.meter(f"prepare {config.name}", reading.total_bytes) as show,
+            contextlib.closing(ordered(encoder(config, tokenizer), reading.pieces(), num_workers)) as results,
+        ):
+            for result, place in zip(results, reading.places(), strict=True):
+                shards.add(result, place)
+                show(place.stored_bytes, f"{shards.tokens:,} tokens")
+                if shards.full:
+                    _save(folder, shards.end_shard(reading))
+            shards.check_share(at_end=True)
+            _save(folder, shards.end_shard(reading))
+        done = replace(shards.progress, hashed=reading.hashes(wait=True))
+    manifest = _manifest(config, tokenizer, done)
+    seconds = time.monotonic() - began
+    log.info(
+        "prepare %s: %s documents, %s tokens (%.1f each), %s rejected, %s filtered; %s tokens/s",
+        config.name,
+        f"{manifest.documents:,}",
+        f"{manifest.tokens:,}",
+        manifest.tokens / manifest.documents,
+        f"{manifest.rejected:,}",
+        f"{manifest.filtered:,}",
+        f"{(manifest.tokens - sum(s.tokens for s in progress.shards)) / seconds:,.0f}",
+    )
+    return manifest
 
-    def __init__(self, records: Iterable[object], template: Template) -> None:
-        self._records, self._template = records, template
-        self.documents = self.rejected = self.num_bytes = 0
 
-    def __iter__(self) -> Iterator[str]:
-        for record in self._records:
-            text = render(self._template, record)
-            if text is None:
-                self.rejected += 1
-            else:
-                self.documents += 1
-                self.num_bytes += len(text.encode())
-                yield text
+def _save(folder: Path, progress: Progress) -> None:
+    write_json(folder / PROGRESS, to_dict(progress))
 
-    def check(self, config: PrepareConfig) -> None:
-        """Refuse a source that has no documents, or whose records mostly do not fit."""
-        total = self.documents + self.rejected
-        if not self.documents or self.rejected > MOST_REJECTED * total:
+
+def _finish(config: PrepareConfig, manifest: Manifest) -> None:
+    write_manifest(config.output, manifest)
+    mark_done(config.output)
+    (config.output / PROGRESS).unlink()
+
+
+def _resume(config: PrepareConfig, tokenizer: Tokenizer, files: Sequence[Path]) -> Progress:
+    """Where to go on; what a killed attempt left unfinished is removed.
+
+    Raises:
+        BadInput: the inputs or the tokenizer are not those of the earlier attempt.
+    """
+    folder, states = config.output, tuple(map(_file_state, files))
+    progress = Progress(tokenizer_sha256=tokenizer.sha256, files=states)
+    if (folder / PROGRESS).exists():
+        progress = read_settings(Progress, folder / PROGRESS)
+        changed = [str(a.path) for a, b in itertools.zip_longest(progress.files, states) if a != b and a is not None]
+        if progress.files != states or progress.tokenizer_sha256 != tokenizer.sha256:
             raise BadInput(
-                f"source {config.name}: {self.rejected:,} of {total:,} records in {config.input} do not fit "
-                f"template {config.template}",
-                fix="choose the template whose fields the records have, or correct the file",
+                f"{', '.join(changed[:3]) or 'the inputs'} changed since {folder} was begun"
+                if progress.files != states
+                else f"the tokenizer {config.tokenizer} changed since {folder} was begun",
+                fix=f"delete {folder} and begin again",
+            )
+        log.info("prepare %s: goes on after %s finished shards", config.name, len(progress.shards))
+    finished = {shard.prefix for shard in (*progress.shards, *progress.validation)}
+    for path in folder.iterdir():
+        if path.suffix == ".tmp" or (path.suffix in SHARD_FILES and path.stem not in finished):
+            path.unlink()
+    if (folder / REJECTED).exists():
+        os.truncate(folder / REJECTED, progress.rejected_bytes)
+    return progress
+
+
+def _file_state(path: Path) -> FileState:
+    stat = path.stat()
+    return FileState(path=path, size_bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
+
+
+def _sample(config: PrepareConfig, files: Sequence[Path]) -> list[str]:
+    """Some texts of the source, on which tokenizers are compared."""
+    render = renderer(
+        config.template, columns=config.columns, format_string=config.format_string, chat_models=config.chat_models
+    )
+    texts: list[str] = []
+    for piece in itertools.islice(pieces(files[0], columns=_columns(config), piece_bytes=config.piece_bytes), 4):
+        for _, record in records(piece):
+            with contextlib.suppress(BadRecord):
+                if not isinstance(record, BadRecord) and (rendered := render(record)):
+                    texts.append(rendered.text)
+            if len(texts) == SAMPLE_DOCUMENTS:
+                return texts
+    return texts
+
+
+def _columns(config: PrepareConfig) -> list[str]:
+    """What to read of a table."""
+    names = column_names(
+        config.template,
+        columns=config.columns,
+        format_string=config.format_string,
+        chat_models=bool(config.chat_models),
+    )
+    return list(dict.fromkeys([*names, *([config.id_column.partition(".")[0]] if config.id_column else [])]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Where a piece came from, and where the next one begins."""
+
+    path: Path
+    file: int
+    start: int
+    first: int
+    stored_bytes: float
+    """Bytes of the file that it stands for, as stored."""
+
+
+class _Reading:
+    """The pieces of all files from where to go on; hashes the files meanwhile, and sees whether one changes."""
+
+    def __init__(
+        self, config: PrepareConfig, files: Sequence[Path], progress: Progress, hashing: ThreadPoolExecutor
+    ) -> None:
+        self._files, self._progress, self._hashing = files, progress, hashing
+        self._columns, self._piece_bytes = _columns(config), config.piece_bytes
+        self._places: list[_Place] = []
+        self._known = {each.path: each for each in progress.hashed}
+        self._pending: dict[Path, Future[str]] = {}
+        self.total_bytes = sum(each.size_bytes for each in progress.files[progress.file :])
+
+    def pieces(self) -> Iterator[Piece]:
+        """Read."""
+        for index in range(self._progress.file, len(self._files)):
+            yield from self._file(index)
+
+    def places(self) -> Iterator[_Place]:
+        """The places of the pieces, in order, as far as they have been read."""
+        taken = 0
+        while taken < len(self._places):
+            yield self._places[taken]
+            taken += 1
+            if taken == 1000:  # forget them
+                del self._places[:taken]
+                taken = 0
+
+    def hashes(self, *, wait: bool = False) -> tuple[FileRecord, ...]:
+        """The files hashed so far, in order; with `wait` all of them."""
+        for index, path in enumerate(self._files):
+            future = self._pending.get(path)
+            if path not in self._known and wait and future is None:
+                future = self._hashing.submit(sha256, path)
+            if path not in self._known and future and (wait or future.done()):
+                size = self._progress.files[index].size_bytes
+                self._known[path] = FileRecord(path=path, size_bytes=size, sha256=future.result())
+        return tuple(self._known[path] for path in self._files if path in self._known)
+
+    def _file(self, index: int) -> Iterator[Piece]:
+        path, here = self._files[index], index == self._progress.file
+        if path not in self._known:
+            self._pending[path] = self._hashing.submit(sha256, path)
+        start, first = (self._progress.start, self._progress.first) if here else (0, 1)
+        size = self._progress.files[index].size_bytes
+        shown = 0.0
+        for piece in pieces(path, start=start, first=first, columns=self._columns, piece_bytes=self._piece_bytes):
+            stored = min(float(len(piece.data)), size - shown)
+            shown += stored
+            self._places.append(
+                _Place(path=path, file=index, start=piece.end, first=piece.first + piece.count, stored_bytes=stored)
+            )
+            yield piece
+        if _file_state(path) != self._progress.files[index]:
+            raise BadInput(
+                f"{path} changed while it was read", fix="let what writes it end; delete the output and begin again"
             )
 
 
-def _tokenize(texts: Iterable[str], config: PrepareConfig, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    before = [tokenizer.bos_id] if config.bos and tokenizer.bos_id is not None else []
-    after = [tokenizer.eos_id] if config.eos and tokenizer.eos_id is not None else []
-    for batch in itertools.batched(texts, BATCH_DOCUMENTS):
-        for ids in tokenizer.encode_batch(batch):
-            yield [*before, *ids, *after]
+class _Shards:
+    """Takes results in order and keeps the account of them."""
 
+    def __init__(self, config: PrepareConfig, tokenizer: Tokenizer, progress: Progress) -> None:
+        self._config, self.progress = config, progress
+        dtype = token_type(tokenizer.vocab_size)
+        self._train = ShardWriter(config.output, "", dtype, number=len(progress.shards))
+        self._validation = ShardWriter(config.output, VALIDATION, dtype, number=len(progress.validation))
+        self._controls = Counter(dict(progress.control_texts))
+        self._rejected = (config.output / REJECTED).open("ab") if config.on_bad_record == "skip" else None
+        self._place: _Place | None = None
+        self._bad: dict[str, tuple[int, str]] = {}
+        self.num_records, self.rejected = progress.num_records, progress.rejected
+        self.filtered, self.text_bytes = progress.filtered, progress.text_bytes
+        self.tokens = sum(shard.tokens for shard in progress.shards)
 
-def _write_shards(
-    folder: Path, documents: Iterator[list[int]], dtype: TokenType, shard_tokens: int
-) -> tuple[ShardRecord, ...]:
-    """Write 00000, 00001, ...; a shard ends with the document that fills it."""
-    shards: list[ShardRecord] = []
-    for first in documents:
-        prefix = folder / f"{len(shards):05d}"
-        with IndexedWriter(prefix, dtype) as writer:
-            writer.add(first)
-            while writer.tokens < shard_tokens and (ids := next(documents, None)) is not None:
-                writer.add(ids)
-        shards.append(
-            ShardRecord(
-                prefix=prefix.name,
-                documents=writer.documents,
-                tokens=writer.tokens,
-                bin_sha256=sha256(folder / f"{prefix.name}.bin"),
-                idx_sha256=sha256(folder / f"{prefix.name}.idx"),
+    @property
+    def full(self) -> bool:
+        """Whether the open shard is to end."""
+        return max(self._train.tokens, self._validation.tokens) >= self._config.shard_tokens
+
+    def add(self, result: EncodedPiece, place: _Place) -> None:
+        """Write what a piece became.
+
+        Raises:
+            BadInput: a record is bad and bad ones are not skipped, or too many are.
+        """
+        for bad in result.bad:
+            self._reject(bad, place.path)
+        self._train.add(result.train)
+        self._validation.add(result.validation)
+        self._controls.update(result.control_texts)
+        self.num_records += result.num_records
+        self.rejected += len(result.bad)
+        self.filtered += result.filtered
+        self.text_bytes += result.train.text_bytes
+        self.tokens += result.train.ids.size
+        self._place = place
+        self.check_share(at_end=False)
+
+    def check_share(self, *, at_end: bool) -> None:
+        """Refuse a source with too many bad records, or at its end one without documents.
+
+        Raises:
+            BadInput: so it is.
+        """
+        config, where = self._config, self._config.input
+        if (at_end or self.num_records >= JUDGED_RECORDS) and self.rejected > config.most_bad_share * self.num_records:
+            raise BadInput(
+                f"source {config.name}: {self.rejected:,} of {self.num_records:,} records in {where} are bad, more "
+                f"than most_bad_share {config.most_bad_share:g}: {self._reasons()}",
+                fix="choose the template whose fields the records have, correct the file, or raise most_bad_share",
             )
+        if at_end and not self.tokens:
+            raise BadInput(
+                f"source {config.name}: no documents among {self.num_records:,} records in {where}",
+                fix="choose other text; or lower validation_share, if that took them all",
+            )
+
+    def end_shard(self, reading: _Reading) -> Progress:
+        """Finish the open shards; the progress up to here."""
+        shards = [shard for shard in (self._train.close(),) if shard]
+        validation = [shard for shard in (self._validation.close(),) if shard]
+        if self._rejected:
+            self._rejected.flush()
+            os.fsync(self._rejected.fileno())
+        self.progress = replace(
+            self.progress,
+            shards=(*self.progress.shards, *shards),
+            validation=(*self.progress.validation, *validation),
+            hashed=reading.hashes(),
+            num_records=self.num_records,
+            rejected=self.rejected,
+            filtered=self.filtered,
+            text_bytes=self.text_bytes,
+            control_texts=tuple(sorted(self._controls.items())),
+            rejected_bytes=self._rejected.tell() if self._rejected else 0,
         )
-    return tuple(shards)
+        if self._place:
+            place = self._place
+            self.progress = replace(self.progress, file=place.file, start=place.start, first=place.first)
+        return self.progress
+
+    def _reasons(self) -> str:
+        """The commonest reasons of this attempt, each with the first record that has it."""
+        common = sorted(self._bad.items(), key=lambda item: -item[1][0])[:3]
+        return "; ".join(f"{reason} ({count:,}, the first at {where})" for reason, (count, where) in common)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        if self._rejected:
+            self._rejected.close()
+
+    def _reject(self, bad: Bad, path: Path) -> None:
+        kind = "row" if path.suffix in (".parquet", ".arrow") else "line"
+        if self._rejected is None:
+            raise BadInput(
+                f"source {self._config.name}: {path}, {kind} {bad.number:,}: {bad.reason}",
+                fix="correct the record; or leave such records out: on_bad_record='skip'",
+            )
+        count, where = self._bad.get(bad.reason, (0, f"{path}, {kind} {bad.number:,}"))
+        self._bad[bad.reason] = (count + 1, where)
+        row = {"path": str(path), kind: bad.number, "reason": bad.reason, "record": bad.raw}
+        self._rejected.write(orjson.dumps(row) + b"\n")
+
+
+def _manifest(config: PrepareConfig, tokenizer: Tokenizer, done: Progress) -> Manifest:
+    return Manifest(
+        name=config.name,
+        template=config.template,
+        bos=config.bos,
+        eos=config.eos,
+        documents=sum(shard.documents for shard in done.shards),
+        tokens=sum(shard.tokens for shard in done.shards),
+        text_bytes=done.text_bytes,
+        rejected=done.rejected,
+        filtered=done.filtered,
+        control_texts=done.control_texts,
+        dtype=token_type(tokenizer.vocab_size),
+        tokenizer=TokenizerRecord(
+            path=config.tokenizer,
+            sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+        ),
+        sources=done.hashed,
+        shards=done.shards,
+        validation=done.validation,
+    )

@@ -1,51 +1,179 @@
-"""How a record becomes one text. The line breaks are part of the recipe: RL prompts repeat them."""
+"""How a record becomes one text. The line breaks are part of the recipe: RL prompts repeat them.
+
+text             text
+question_answer  question, answer
+long_cot         question, thinking, answer
+chat             messages: turns with role and content (or from and value), model where `chat_models` asks
+format           the columns that its string names
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from megatron_octo.config.data import Template
 
-ROLES = {"user": "User", "assistant": "Assistant", "system": "System"}
+ROLES = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
+ANSWERING = "Assistant"
+FIELDS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "question_answer": ("question", "answer"),
+    "long_cot": ("question", "thinking", "answer"),
+    "chat": ("messages",),
+}
 
 
-def render(template: Template, record: Any) -> str | None:
-    """The text of a record, or None for a record that does not fit the template or has nothing to say."""
-    try:
-        text = _TEMPLATES[template](record)
-        text.encode()  # half of a surrogate pair is no text
-    except (LookupError, TypeError, AttributeError, UnicodeEncodeError):
-        return None
-    return text if text.strip() else None
+class Rendered(NamedTuple):
+    """The text of a record."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...] = ()
+    """Where its answers are: (start, end) in characters, ascending."""
 
 
-def _text(record: Any) -> str:
-    return _string(record["text"])
+class BadRecord(Exception):
+    """A record that cannot become a text; the message says why."""
 
 
-def _question_answer(record: Any) -> str:
-    return f"{_string(record['question'])}\n{_string(record['answer'])}"
+Render = Callable[[Any], Rendered | None]
+"""A record's text, or None for one that a filter leaves out; raises BadRecord."""
 
 
-def _long_cot(record: Any) -> str:
-    question, thinking, answer = (_string(record[field]) for field in ("question", "thinking", "answer"))
-    return f"{question}\n<think>\n{thinking}\n</think>\n{answer}"
+def renderer(
+    template: Template,
+    *,
+    columns: Sequence[tuple[str, str]] = (),
+    format_string: str = "",
+    chat_models: Sequence[str] = (),
+) -> Render:
+    """The function that turns records into texts; the parameters are PrepareConfig's."""
+    paths = dict(columns)
+
+    def field(record: Any, name: str) -> Any:
+        return look_up(record, paths.get(name, name))
+
+    if template == "format":
+        shape = _format(format_string, field)
+    elif template == "chat":
+        shape = _chat(field, tuple(chat_models))
+    else:
+        shape = {"text": _text, "question_answer": _question_answer, "long_cot": _long_cot}[template](field)
+
+    def render(record: Any) -> Rendered | None:
+        rendered = shape(record)
+        if rendered is None:
+            return None
+        if not rendered.text.strip():
+            raise BadRecord("empty document")
+        try:
+            rendered.text.encode()
+        except UnicodeEncodeError:
+            raise BadRecord("half of a surrogate pair, which is no character") from None
+        return rendered
+
+    return render
 
 
-def _chat(record: Any) -> str:
-    return "\n".join(f"{ROLES[turn['role']]}:{_string(turn['content'])}" for turn in record["messages"])
+def column_names(
+    template: Template, *, columns: Sequence[tuple[str, str]] = (), format_string: str = "", chat_models: bool = False
+) -> list[str]:
+    """The columns that records must have, without what lies inside of them."""
+    if template == "format":
+        fields = [name for _, name, _, _ in _parse(format_string) if name]
+    else:
+        fields = [*FIELDS[template], *(["model"] if chat_models else [])]
+    paths = dict(columns)
+    return list(dict.fromkeys(paths.get(name, name).partition(".")[0] for name in fields))
 
 
-def _string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(value)
+def look_up(record: Any, path: str) -> Any:
+    """The value at a column, or inside of one: `generations.0`, `meta.question`.
+
+    Raises:
+        BadRecord: there is none.
+    """
+    value = record
+    for part in [path] if isinstance(record, dict) and path in record else path.split("."):
+        try:
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        except (LookupError, TypeError, ValueError):
+            raise BadRecord(f"no column {path!r}") from None
     return value
 
 
-_TEMPLATES: dict[Template, Callable[[Any], str]] = {
-    "text": _text,
-    "question_answer": _question_answer,
-    "long_cot": _long_cot,
-    "chat": _chat,
-}
+_Field = Callable[[Any, str], Any]
+
+
+def _text(field: _Field) -> Render:
+    return lambda record: Rendered(_string(field(record, "text"), "text"))
+
+
+def _question_answer(field: _Field) -> Render:
+    def render(record: Any) -> Rendered:
+        question, answer = (_string(field(record, name), name) for name in FIELDS["question_answer"])
+        return _answered(f"{question}\n", answer)
+
+    return render
+
+
+def _long_cot(field: _Field) -> Render:
+    def render(record: Any) -> Rendered:
+        question, thinking, answer = (_string(field(record, name), name) for name in FIELDS["long_cot"])
+        return _answered(f"{question}\n", f"<think>\n{thinking}\n</think>\n{answer}")
+
+    return render
+
+
+def _chat(field: _Field, models: tuple[str, ...]) -> Render:
+    def render(record: Any) -> Rendered | None:
+        if models and not str(field(record, "model")).startswith(models):
+            return None
+        turns = field(record, "messages")
+        if not isinstance(turns, list) or not turns:
+            raise BadRecord("messages is no list of turns, or an empty one")
+        text, answers = "", []
+        for turn in turns:
+            role, content = _turn(turn)
+            text += f"\n{role}:" if text else f"{role}:"
+            if role == ANSWERING:
+                answers.append((len(text), len(text) + len(content)))
+            text += content
+        return Rendered(text, tuple(answers))
+
+    return render
+
+
+def _turn(turn: Any) -> tuple[str, str]:
+    """(User, Assistant or System; what it says)."""
+    if not isinstance(turn, dict):
+        raise BadRecord("a turn of messages is no object")
+    role = ROLES.get(str(turn.get("role", turn.get("from"))))
+    if role is None:
+        raise BadRecord(f"a turn of messages has the role {turn.get('role', turn.get('from'))!r}")
+    return role, _string(turn.get("content", turn.get("value")), "content")
+
+
+def _format(format_string: str, field: _Field) -> Render:
+    pieces = [(literal, name) for literal, name, _, _ in _parse(format_string)]
+
+    def render(record: Any) -> Rendered:
+        parts = (literal + (_string(field(record, name), name) if name else "") for literal, name in pieces)
+        return Rendered("".join(parts))
+
+    return render
+
+
+def _parse(format_string: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    return list(string.Formatter().parse(format_string))
+
+
+def _answered(question: str, answer: str) -> Rendered:
+    return Rendered(question + answer, ((len(question), len(question) + len(answer)),))
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRecord(f"{name} is {'missing' if value is None else f'no text but {type(value).__name__}'}")
+    return value

@@ -1,42 +1,82 @@
-"""Tokenizer folders: train one with SentencePiece, load any to turn text into ids.
+"""Text to ids: Hugging Face's tokenizer.json, a SentencePiece model, or Llama-3's tiktoken file.
 
-A folder is Hugging Face style, so transformers, vLLM and OpenRLHF load the same one. What encodes here
-is what encodes there: tokenizer.json by the tokenizers library, else tokenizer.model by SentencePiece.
+Text is data: what spells a control token is encoded as ordinary text, as tiktoken's `encode_ordinary` does.
+`accelerated` puts gigatoken in place of the tokenizer's own library where both give the same ids.
 """
 
 from __future__ import annotations
 
-import io
+import base64
+import binascii
 import itertools
+import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from megatron_octo import console
-from megatron_octo.config.base import to_dict
-from megatron_octo.config.data import TokenizerConfig
-from megatron_octo.data.manifest import tokenizer_sha256
-from megatron_octo.data.read import check_input, read_records
-from megatron_octo.data.templates import render
-from megatron_octo.errors import BadInput, VerificationError
-from megatron_octo.rundir import is_written, new_folder, read_json, write_json
+from megatron_octo.data.manifest import tokenizer_file, tokenizer_sha256
+from megatron_octo.errors import BadInput
+from megatron_octo.rundir import read_json
 
 if TYPE_CHECKING:
     import tokenizers
 
-CONTROLS = UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"  # ids 0, 1, 2, 3
-NEWLINE = "\n"  # a piece of its own that merges with nothing: a prompt that ends with it is a prefix in tokens too
-SPACE = "\u2581"  # SentencePiece's spelling of a space; the character itself decodes to a space
+# Llama 3: Meta's models/llama3/tokenizer.py, which the file itself does not state
+LLAMA3_RANKS = 128_000
+LLAMA3_CONTROLS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
+)
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TRAPS = (
+    "",
+    " ",
+    "\n\n \n",
+    "\t\ta  b   c    d ",
+    "a\r\nb\rc\u2028d\u00a0e\u3000f",
+    "caf\u00e9 cafe\u0301 \u4e2d\u6587\u5b57 \u0395\u03bb \u0627\u0644 \U0001f600\U0001f468\u200d\U0001f469",
+    "\ufeff a\x00b\x7f\u200b",
+    "I'm, you'LL, 'tis; 0 12 345 6789 3.14e-10 1,000,000 \u0663\u0664",
+    "def f(x):\n    return x**2  # comment\n\n\n\tx += 1\n",
+    "a" * 3000 + " " * 300 + "\n" * 300 + "-=" * 500,
+    r"\boxed{\frac{1}{2}} $x^2_{i+1}$ <think>\n</think> &amp; <b>",
+    "\u2581a \u2581\u2581b <0x0A> <0xE2>",
+)
+"""Texts on which tokenizers are known to differ."""
+
+
+class Encoded(NamedTuple):
+    """The ids of some texts, one after the other."""
+
+    ids: np.ndarray
+    """uint32 [tokens]"""
+    offsets: np.ndarray
+    """int64 [texts + 1]: where each text begins, and the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenizer:
-    """Text to ids and back. Text is data: a literal `</s>` in it never becomes a control id."""
+    """Text to ids and back. A literal `</s>` in a text never becomes a control id."""
 
-    encode_batch: Callable[[Sequence[str]], list[list[int]]]
+    encode_flat: Callable[[Sequence[str]], Encoded]
     """The ids of each text, no control ids added."""
     decode: Callable[[Sequence[int]], str]
     """The text of some ids; tokenizer.json spells control ids out."""
@@ -46,138 +86,74 @@ class Tokenizer:
     """Begins a document; None if the tokenizer has none."""
     eos_id: int | None
     """Ends a document; None if the tokenizer has none."""
+    controls: tuple[str, ...]
+    """How its control tokens are spelt."""
     sha256: str
-    """`manifest.tokenizer_sha256` of the folder."""
+    """`manifest.tokenizer_sha256`."""
+    engine: str
+    """The library that encodes."""
+    fast: Callable[[], Any]
+    """Makes the same tokenizer of gigatoken's; may fail in any way."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, no control ids added."""
+        ids, offsets = self.encode_flat(texts)
+        return [ids[start:end].tolist() for start, end in itertools.pairwise(offsets)]
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, no control ids added."""
         return self.encode_batch([text])[0]
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a Hugging Face folder.
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a Hugging Face folder, or in one of the files that such a folder holds.
 
     Raises:
-        BadInput: `folder` holds neither tokenizer.json nor tokenizer.model.
+        BadInput: `path` is neither, or the file is of a kind that is not known.
     """
-    sha256 = tokenizer_sha256(folder)
-    settings = folder / "tokenizer_config.json"
+    sha256, file = tokenizer_sha256(path), tokenizer_file(path)
+    settings = file.with_name("tokenizer_config.json")
     config = read_json(settings) if settings.is_file() else {}
-    if (folder / "tokenizer.json").is_file():
-        return _load_json(folder / "tokenizer.json", config, sha256)
-    return _load_model(folder / "tokenizer.model", sha256)
+    if file.suffix == ".json":
+        return _of_json(_read_json_tokenizer(file), config, sha256)
+    if (num_ranks := _tiktoken_ranks(file)) is None:
+        return _of_sentencepiece(file, sha256)
+    if num_ranks != LLAMA3_RANKS:
+        raise BadInput(
+            f"{file} is a tiktoken file of {num_ranks:,} ranks, which does not say how text is split",
+            fix=f"give that model's tokenizer.json; of tiktoken files, Llama-3's ({LLAMA3_RANKS:,} ranks) is known",
+        )
+    return _of_json(_llama3(file), {"bos_token": LLAMA3_CONTROLS[0], "eos_token": LLAMA3_CONTROLS[1]}, sha256)
 
 
-def train_tokenizer(config: TokenizerConfig) -> None:
-    """Train a SentencePiece BPE tokenizer and write its folder; equal inputs give equal bytes.
+def accelerated(tokenizer: Tokenizer, sample: Sequence[str]) -> Tokenizer:
+    """The same tokenizer on gigatoken if that gives the same ids for `sample`, control tokens and known traps.
 
-    Digits are single, unknown characters fall back to bytes, text is taken as it is.
+    A line says which it is.
+    """
+    log = console.logger(__name__)
+    texts = [*sample, *TRAPS, *(f"a {control}\n{control}b" for control in tokenizer.controls)]
+    try:
+        fast = replace(tokenizer, encode_flat=_gigatoken(tokenizer.fast()), engine="gigatoken")
+        differing = _first_difference(tokenizer, fast, texts)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust's is no Exception
+        log.info("tokenizer: %s encodes; gigatoken does not take this one (%s)", tokenizer.engine, type(error).__name__)
+        return tokenizer
+    if differing is not None:
+        log.info("tokenizer: %s encodes; gigatoken differs on %r", tokenizer.engine, differing[:40])
+        return tokenizer
+    log.info("tokenizer: gigatoken encodes; it agrees with %s on %s texts", tokenizer.engine, f"{len(texts):,}")
+    return fast
+
+
+def sentencepiece_processor(model: bytes, origin: str = "the trained model") -> Any:
+    """A SentencePiece model, loaded.
 
     Raises:
-        BadInput: an input is missing, or the vocabulary cannot have the size asked for.
-        VerificationError: the Hugging Face form encodes one of the texts otherwise than SentencePiece.
+        BadInput: `model` is none; the message names its `origin`.
     """
-    log, settings = console.logger(__name__), to_dict(config)
-    if is_written(config.output, settings):
-        log.info("tokenizer: skipped, %s is there", config.output)
-        return
-    texts = _training_texts(config)
-    model = _train_bpe(texts, config)
-    with new_folder(config.output) as folder:
-        (folder / "tokenizer.model").write_bytes(model)
-        _write_hugging_face(folder, model)
-        write_json(folder / "config.json", settings)
-        _verify(folder, model, texts)
-    log.info(
-        "tokenizer: %s, %s ids, learnt from %s documents", config.output, f"{config.vocab_size:,}", f"{len(texts):,}"
-    )
-
-
-def _write_hugging_face(folder: Path, model: bytes) -> None:
-    """Write tokenizer.json and tokenizer_config.json of a SentencePiece BPE model that `train_tokenizer` made."""
-    import tokenizers as hf
-
-    pieces = _pieces(model)
-    out = hf.Tokenizer(hf.models.BPE(pieces, _merges(pieces), unk_token=UNK, fuse_unk=True, byte_fallback=True))
-    out.normalizer = hf.normalizers.Replace(" ", SPACE)
-    out.decoder = hf.decoders.Sequence(
-        [hf.decoders.Replace(SPACE, " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
-    )
-    out.add_special_tokens([hf.AddedToken(token, normalized=False, special=True) for token in CONTROLS])
-    out.add_tokens([hf.AddedToken(NEWLINE, normalized=False, special=False)])
-    (folder / "tokenizer.json").write_text(out.to_str(pretty=True))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "unk_token": UNK,
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "pad_token": PAD,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 1_000_000,
-        },
-    )
-
-
-def _training_texts(config: TokenizerConfig) -> list[str]:
-    for each in config.inputs:
-        check_input(each.input)
-    texts: list[str] = []
-    for each in config.inputs:
-        rendered = (render(each.template, record) for record in read_records(each.input))
-        found = list(itertools.islice((text for text in rendered if text), config.documents_per_input))
-        if not found:
-            raise BadInput(f"no record of {each.input} fits template {each.template}", fix="choose another template")
-        texts += found
-    return texts
-
-
-def _train_bpe(texts: list[str], config: TokenizerConfig) -> bytes:
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=config.vocab_size,
-            split_digits=True,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            character_coverage=1.0,
-            user_defined_symbols=[NEWLINE],
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            max_sentence_length=1 << 20,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        raise BadInput(
-            f"no tokenizer of vocab_size {config.vocab_size:,} from these texts: {str(error).rpartition('] ')[2]}",
-            fix="raise it above 261 plus the number of distinct characters, or lower it to what the texts offer",
-        ) from error
-    return model.getvalue()
-
-
-def _lines(texts: list[str]) -> Iterator[str]:
-    """The lines of all texts. A tab is a reserved mark of the trainer, which would skip the line."""
-    for text in texts:
-        yield from (part for part in re.split(r"[\n\t]", text) if part)
-
-
-def _pieces(model: bytes) -> dict[str, int]:
-    processor = _processor(model)
-    return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
-
-
-def _processor(model: bytes, origin: str = "the trained model") -> Any:
     import sentencepiece
 
     try:
@@ -188,52 +164,66 @@ def _processor(model: bytes, origin: str = "the trained model") -> Any:
         ) from error
 
 
-def _merges(pieces: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, in the order in which SentencePiece prefers them.
-
-    SentencePiece merges the neighbours whose union is the best piece, and learns better pieces first.
-    """
-    mergeable = pieces.keys() - {*CONTROLS, NEWLINE} - {f"<0x{byte:02X}>" for byte in range(256)}
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(mergeable, key=pieces.__getitem__)
-        for cut in range(1, len(piece))
-        if piece[:cut] in mergeable and piece[cut:] in mergeable
-    ]
+def _first_difference(one: Tokenizer, other: Tokenizer, texts: Sequence[str]) -> str | None:
+    pairs = zip(texts, one.encode_batch(texts), other.encode_batch(texts), strict=True)
+    return next((text for text, ids, others in pairs if ids != others), None)
 
 
-def _verify(folder: Path, model: bytes, texts: list[str]) -> None:
-    """Raise VerificationError unless both forms give the same ids and the ids give the text back."""
-    processor, tokenizer = _processor(model), load_tokenizer(folder)
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        if ids != processor.encode(text) or tokenizer.decode(ids) != text.replace(SPACE, " "):
-            raise VerificationError(
-                f"tokenizer.json and tokenizer.model disagree on {text[:80]!r}",
-                fix="report this text: the folder was not written",
-            )
+def _gigatoken(fast: Any) -> Callable[[Sequence[str]], Encoded]:
+    def encode_flat(texts: Sequence[str]) -> Encoded:
+        layout = fast.encode_batch(list(texts), parallel=False).layout
+        offsets = np.asarray(layout.offsets.data, dtype=np.int64)
+        return Encoded(np.asarray(layout.content.data)[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    return encode_flat
 
 
-def _load_json(path: Path, config: dict[str, Any], sha256: str) -> Tokenizer:
+def _flat(batch: Sequence[Sequence[int]]) -> Encoded:
+    offsets = np.zeros(len(batch) + 1, np.int64)
+    np.cumsum([len(ids) for ids in batch], out=offsets[1:])
+    ids = np.fromiter((index for ids in batch for index in ids), np.uint32, count=int(offsets[-1]))
+    return Encoded(ids, offsets)
+
+
+def _read_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
     import tokenizers as hf
 
-    tokenizer = hf.Tokenizer.from_file(str(path))
+    try:
+        return hf.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise BadInput(f"{path} is no tokenizer: {error}", fix="give a whole tokenizer.json") from error
+
+
+def _of_json(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], sha256: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # literal control tokens in a text are text
+    controls = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
-    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_flat(texts: Sequence[str]) -> Encoded:
+        return _flat([each.ids for each in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)])
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def fast() -> Any:
+        import gigatoken
+
+        definition = json.loads(tokenizer.to_str())
+        definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["special"]]
+        definition["post_processor"] = None
+        return gigatoken.Tokenizer.from_json(json.dumps(definition))
+
     return Tokenizer(
-        encode_batch=encode_batch,
+        encode_flat=encode_flat,
         decode=decode,
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         bos_id=_control_id(tokenizer, config.get("bos_token")),
         eos_id=_control_id(tokenizer, config.get("eos_token")),
+        controls=controls,
         sha256=sha256,
+        engine="tokenizers",
+        fast=fast,
     )
 
 
@@ -243,18 +233,49 @@ def _control_id(tokenizer: tokenizers.Tokenizer, token: Any) -> int | None:
     return None if name is None else tokenizer.token_to_id(name)
 
 
-def _load_model(path: Path, sha256: str) -> Tokenizer:
-    processor = _processor(path.read_bytes(), str(path))
+def _of_sentencepiece(path: Path, sha256: str) -> Tokenizer:
+    model = path.read_bytes()
+    processor = sentencepiece_processor(model, str(path))
+    size = processor.get_piece_size()
 
-    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = processor.encode(list(texts), num_threads=os.cpu_count() or 1)
-        return ids
+    def encode_flat(texts: Sequence[str]) -> Encoded:
+        return _flat(processor.encode(list(texts), num_threads=1))
+
+    def fast() -> Any:
+        import gigatoken
+
+        return gigatoken.Tokenizer.from_sentencepiece(model)
 
     return Tokenizer(
-        encode_batch=encode_batch,
+        encode_flat=encode_flat,
         decode=lambda ids: str(processor.decode(list(ids))),
-        vocab_size=processor.get_piece_size(),
+        vocab_size=size,
         bos_id=processor.bos_id() if processor.bos_id() >= 0 else None,
         eos_id=processor.eos_id() if processor.eos_id() >= 0 else None,
+        controls=tuple(processor.id_to_piece(i) for i in range(size) if processor.is_control(i)),
         sha256=sha256,
+        engine="sentencepiece",
+        fast=fast,
     )
+
+
+def _tiktoken_ranks(path: Path) -> int | None:
+    """How many ranks a tiktoken file holds (a line each: a token in base64, its rank); None for another file."""
+    with path.open("rb") as file:
+        try:
+            token, rank = file.readline(4096).split()
+            base64.b64decode(token, validate=True)
+            int(rank)
+        except (ValueError, binascii.Error):
+            return None
+        return 1 + sum(1 for line in file if line.strip())
+
+
+def _llama3(path: Path) -> tokenizers.Tokenizer:
+    """Llama-3's tiktoken file as Hugging Face's tokenizer."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    converter = TikTokenConverter(str(path), pattern=LLAMA3_SPLIT, extra_special_tokens=list(LLAMA3_CONTROLS))
+    converted: tokenizers.Tokenizer = converter.converted()
+    return converted

@@ -12,8 +12,9 @@ from megatron_octo.config.data import PrepareInput, SyntheticConfig, TokenizerCo
 from megatron_octo.data.indexed import IndexedWriter, token_type
 from megatron_octo.data.read import read_records
 from megatron_octo.data.synthetic import generate
-from megatron_octo.data.templates import render
-from megatron_octo.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_octo.data.templates import renderer
+from megatron_octo.data.tokenizer import load_tokenizer
+from megatron_octo.data.tokenizer_training import train_tokenizer
 
 DOCUMENTS = [[5, 6, 7], [], [1], list(range(300)), [9] * 4000, [0, 0]]
 
@@ -54,7 +55,7 @@ def test_transformers_loads_the_folder_and_encodes_the_same(tokenizer_folder, tm
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(tokenizer_folder)
     corpus = tokenizer_folder.with_name("corpora") / "long.jsonl"
-    texts = [render("long_cot", row) or "" for row in read_records(corpus)] + ["  a  b\n\n", "caf\u00e9 \U0001f600"]
+    texts = [renderer("long_cot")(row).text for row in read_records(corpus)] + ["  a  b\n\n", "caf\u00e9 \U0001f600"]
     ids = ours.encode_batch(texts)
     assert theirs(texts)["input_ids"] == ids
     assert theirs.batch_decode(ids, skip_special_tokens=True) == texts

@@ -9,8 +9,8 @@ import pytest
 from megatron_octo.config.data import PrepareInput, SyntheticConfig, TokenizerConfig
 from megatron_octo.data.read import read_records
 from megatron_octo.data.synthetic import generate
-from megatron_octo.data.templates import render
-from megatron_octo.data.tokenizer import train_tokenizer
+from megatron_octo.data.templates import renderer
+from megatron_octo.data.tokenizer_training import train_tokenizer
 
 KINDS = {"web": "text", "short": "question_answer", "long": "long_cot", "chat": "chat"}
 
@@ -27,8 +27,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def texts(corpora: Path) -> list[str]:
     """The text of every document of the corpora."""
-    rendered = [render(kind, row) for name, kind in KINDS.items() for row in read_records(corpora / f"{name}.jsonl")]
-    return [text for text in rendered if text]
+    return [renderer(kind)(row).text for name, kind in KINDS.items() for row in read_records(corpora / f"{name}.jsonl")]
 
 
 @pytest.fixture(scope="session")

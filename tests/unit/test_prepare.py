@@ -72,39 +72,62 @@ def test_the_manifest_says_what_is_there(config):
 def test_more_shards_hold_the_same_documents(config):
     prepare(config)
     whole = documents(config.output)
-    parts = replace(config, output=config.output.with_name("parts"))
-    manifest = prepare(parts, shard_tokens=1000)
+    parts = replace(config, output=config.output.with_name("parts"), shard_tokens=500, piece_bytes=500)
+    manifest = prepare(parts)
     assert len(manifest.shards) > 3
-    assert all(shard.tokens >= 1000 for shard in manifest.shards[:-1])
+    assert all(shard.tokens >= 500 for shard in manifest.shards[:-1])
     assert [shard.prefix for shard in manifest.shards] == [f"{i:05d}" for i in range(len(manifest.shards))]
     assert documents(parts.output) == whole
 
 
-def test_records_that_do_not_fit_are_counted_and_left_out(config):
+BROKEN = ['{"question": "alone"}', '{"question": "torn', '{"question": "\\ud800", "thinking": "a", "answer": "b"}']
+
+
+def with_broken_records(config: PrepareConfig) -> PrepareConfig:
+    """The same with three bad records, which may be skipped."""
     lines = config.input.read_text().splitlines()
-    lines[3], lines[7], lines[9] = '{"question": "alone"}', '{"question": "torn', '{"text": "\\ud800"}'
+    lines[3], lines[7], lines[9] = BROKEN
     config.input.write_text("\n".join(lines))
+    return replace(config, on_bad_record="skip", most_bad_share=0.1)
+
+
+def test_bad_records_are_left_out_and_written_with_their_reasons(config):
+    config = with_broken_records(config)
     manifest = prepare(config)
     assert (manifest.documents, manifest.rejected) == (47, 3)
+    rows = [json.loads(line) for line in (config.output / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["record"]) for row in rows] == list(zip((4, 8, 10), BROKEN, strict=True))
+    assert {row["path"] for row in rows} == {str(config.input)}
+    reasons = [row["reason"] for row in rows]
+    assert reasons[0] == "no column 'thinking'"
+    assert reasons[1].startswith("malformed JSON")
+    assert "surrogate" in reasons[2]
 
 
-@pytest.mark.parametrize("content", ['{"question": "a", "answer": "b"}\n' * 3, "", "\n\n"])
-def test_a_file_that_mostly_does_not_fit_is_refused_and_nothing_is_left(config, content, tmp_path):
-    config.input.write_text(content)
+def test_a_bad_record_stops_by_default_and_is_named(config, tmp_path):
+    config = replace(with_broken_records(config), on_bad_record="stop")
     before = snapshot(tmp_path)
-    with pytest.raises(BadInput, match="do not fit template long_cot"):
+    with pytest.raises(BadInput, match=r"long\.jsonl, line 4: no column 'thinking'"):
         prepare(config)
     (tmp_path / "data").rmdir()  # the empty parent folder
     assert snapshot(tmp_path) == before
 
 
-def test_half_that_does_not_fit_is_tolerated_and_more_is_not(config):
-    lines = config.input.read_text().splitlines()
-    config.input.write_text("\n".join(["{}"] * 50 + lines))
-    assert prepare(config).rejected == 50
-    config.input.write_text("\n".join(["{}"] * 51 + lines))
-    with pytest.raises(BadInput, match="51 of 101"):
-        prepare(replace(config, output=config.output.with_name("other")))
+def test_more_bad_records_than_allowed_stop_it_with_the_arithmetic(config):
+    config = with_broken_records(config)
+    with pytest.raises(BadInput, match=r"3 of 50 records[\s\S]*no column 'thinking' \(1, the first at"):
+        prepare(replace(config, most_bad_share=0.05))
+    assert prepare(replace(config, most_bad_share=0.06)).rejected == 3
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_file_without_documents_is_refused_and_nothing_is_left(config, content, tmp_path):
+    config.input.write_text(content)
+    before = snapshot(tmp_path)
+    with pytest.raises(BadInput, match="no documents among 0 records"):
+        prepare(config)
+    (tmp_path / "data").rmdir()
+    assert snapshot(tmp_path) == before
 
 
 def test_a_compressed_file_gives_the_same_tokens(config):

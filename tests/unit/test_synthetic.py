@@ -11,7 +11,7 @@ import pytest
 from megatron_octo.config.data import SyntheticConfig
 from megatron_octo.data.read import read_records
 from megatron_octo.data.synthetic import PROMPT, generate, is_heldout, problems, records
-from megatron_octo.data.templates import render
+from megatron_octo.data.templates import renderer
 from megatron_octo.errors import BadInput, SettingsError
 from tests.conftest import snapshot
 
@@ -90,7 +90,7 @@ def test_a_tenth_of_all_problems_is_held_out():
 
 @pytest.mark.parametrize(("corpus", "template"), [("short", "question_answer"), ("long", "long_cot")])
 def test_a_framed_document_begins_with_the_rl_prompt_to_the_letter(corpus, template):
-    texts = [render(template, row) for row in records(corpus, MANY, seed=0)]
+    texts = [renderer(template)(row).text for row in records(corpus, MANY, seed=0)]
     framed = [text for text in texts if text.startswith("Question:")]
     assert abs(len(framed) / MANY - 0.25) < 0.03
     for text in framed:
@@ -151,7 +151,7 @@ def test_web_pages_are_of_four_kinds_and_never_boxed():
 @pytest.mark.parametrize(("corpus", "template"), [("short", "question_answer"), ("long", "long_cot"), ("chat", "chat")])
 def test_shuffled_answers_keep_the_form_and_lose_the_sense(corpus, template):
     def right(rows):
-        texts = [render(template, row) for row in rows]
+        texts = [renderer(template)(row).text for row in rows]
         return sum(final_answer(text) == sum(numbers(text)[0]) for text in texts) / len(rows)
 
     def parts(rows):

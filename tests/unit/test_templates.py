@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_octo.data.templates import render
+from megatron_octo.data.templates import BadRecord, column_names, renderer
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
@@ -21,7 +21,9 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho
     ],
 )
 def test_a_record_becomes_this_text(template, record, text):
-    assert render(template, record) == text
+    rendered = renderer(template)(record)
+    assert rendered is not None
+    assert rendered.text == text
 
 
 @pytest.mark.parametrize(
@@ -46,4 +48,57 @@ def test_a_record_becomes_this_text(template, record, text):
     ],
 )
 def test_a_record_that_does_not_fit_is_rejected(template, record):
-    assert render(template, record) is None
+    with pytest.raises(BadRecord):
+        renderer(template)(record)
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "answers"),
+    [
+        ("text", {"text": "a"}, []),
+        ("question_answer", {"question": "Q?", "answer": "A."}, ["A."]),
+        ("long_cot", {"question": "Q?", "thinking": "t", "answer": "A."}, ["<think>\nt\n</think>\nA."]),
+        ("chat", {"messages": [*TURNS, *TURNS]}, ["Ho", "Ho"]),
+    ],
+)
+def test_answers_are_where_they_stand_in_the_text(template, record, answers):
+    rendered = renderer(template)(record)
+    assert [rendered.text[start:end] for start, end in rendered.answers] == answers
+
+
+def test_columns_may_have_other_names_and_lie_inside_of_others():
+    render = renderer("question_answer", columns=(("question", "meta.problem"), ("answer", "generations.1")))
+    record = {"meta": {"problem": "Q?"}, "generations": ["a", "b"]}
+    assert render(record).text == "Q?\nb"
+    with pytest.raises(BadRecord, match=r"no column 'generations\.1'"):
+        render({**record, "generations": ["a"]})
+    assert renderer("text", columns=(("text", "a.b"),))({"a.b": "x"}).text == "x"
+
+
+def test_a_format_string_takes_columns_and_keeps_doubled_braces():
+    render = renderer("format", format_string="{problem}\n{{{answer}}}")
+    assert render({"problem": "P", "answer": "7"}).text == "P\n{7}"
+    with pytest.raises(BadRecord, match="no column 'answer'"):
+        render({"problem": "P"})
+
+
+def test_conversations_of_other_models_are_left_out():
+    render = renderer("chat", chat_models=("gpt-4",))
+    assert render({"messages": TURNS, "model": "gpt-4-0314"}).text == "User:Hi\nAssistant:Ho"
+    assert render({"messages": TURNS, "model": "gpt-3.5-turbo"}) is None
+    with pytest.raises(BadRecord, match="no column 'model'"):
+        render({"messages": TURNS})
+
+
+def test_turns_of_other_make_are_read():
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    assert (
+        renderer("chat", columns=(("messages", "conversation"),))({"conversation": turns}).text
+        == "User:Hi\nAssistant:Ho"
+    )
+
+
+def test_the_columns_that_a_table_must_have():
+    assert column_names("chat", chat_models=True) == ["messages", "model"]
+    assert column_names("question_answer", columns=(("answer", "generations.0"),)) == ["question", "generations"]
+    assert column_names("format", format_string="{a.b}{c}{c}") == ["a", "c"]

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_octo.data.read import read_records
-from megatron_octo.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_octo.data.tokenizer import load_tokenizer
+from megatron_octo.data.tokenizer_training import train_tokenizer
 from megatron_octo.errors import BadInput
 from tests.conftest import snapshot
 
@@ -141,5 +142,8 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
 
 def test_a_tokenizer_model_of_another_make_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(BadInput, match="tiktoken file of 2 ranks"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("something else")
     with pytest.raises(BadInput, match=r"tokenizer\.model is no SentencePiece model"):
         load_tokenizer(tmp_path)
