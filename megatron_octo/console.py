@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 QUIET_PROGRESS_EVERY_S = 30.0
+WIDEST_NAME = 48  # of a table's first column, which is not broken up to there
 
 
 def logger(name: str) -> logging.Logger:
@@ -72,10 +73,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     from rich.table import Table
 
     out = Table(title=title, title_justify="left")
-    for column in columns:
-        out.add_column(column, overflow="fold")
-    for row in rows:
-        out.add_row(*(str(cell) for cell in row))
+    cells = [[str(cell) for cell in row] for row in rows]
+    for index, column in enumerate(columns):
+        whole = index == 0 and all(len(row[0]) <= WIDEST_NAME for row in cells)
+        out.add_column(column, overflow="fold", no_wrap=whole)
+    for row in cells:
+        out.add_row(*row)
     Console().print(out)
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,9 @@ from megatron_octo import console
 from megatron_octo.config.base import Settings, read_settings, to_dict
 from megatron_octo.config.data import PrepareConfig
 from megatron_octo.data.encode import Bad, EncodedPiece, encoder
+from megatron_octo.data.hub import HubFile
 from megatron_octo.data.indexed import token_type
+from megatron_octo.data.inputs import FileState, Inputs, find_inputs
 from megatron_octo.data.manifest import (
     PREPARE,
     FileRecord,
@@ -36,7 +38,7 @@ from megatron_octo.data.manifest import (
     tokenizer_sha256,
     write_manifest,
 )
-from megatron_octo.data.read import Piece, input_files, pieces, records
+from megatron_octo.data.read import Piece, pieces, records
 from megatron_octo.data.shards import ShardWriter
 from megatron_octo.data.templates import BadRecord, column_names, renderer
 from megatron_octo.data.tokenizer import Tokenizer, accelerated, load_tokenizer
@@ -55,21 +57,14 @@ log = console.logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileState(Settings):
-    """An input file when reading began."""
-
-    path: Path
-    size_bytes: int
-    modified_ns: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress(Settings):
     """What is finished, and where to go on. Written after each shard."""
 
     tokenizer_sha256: str
     files: tuple[FileState, ...]
     """The inputs, in order."""
+    hub: tuple[HubFile, ...] = ()
+    """The same, where they are the Hub's: a branch may move, what is read may not."""
     file: int = 0
     """Index of the file to go on with."""
     start: int = 0
@@ -104,12 +99,12 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Manifes
         log.info("prepare %s: skipped, %s is there", config.name, config.output)
         (config.output / PROGRESS).unlink(missing_ok=True)  # of an attempt killed between its last two writes
         return read_manifest(config.output)
-    tokenizer, files = check(config)
+    tokenizer, inputs = check(config)
     new = not config.output.exists()
     try:
         with lock(config.output):
             claim(config.output, to_dict(config))
-            manifest = _write(config, tokenizer, files, num_workers or default_workers())
+            manifest = _write(config, tokenizer, inputs, num_workers or default_workers())
             _finish(config, manifest)
     except BaseException as error:
         if new and not (config.output / PROGRESS).exists():
@@ -156,14 +151,12 @@ def is_prepared(config: PrepareConfig) -> bool:
     return True
 
 
-def check(config: PrepareConfig) -> tuple[Tokenizer, list[Path]]:
+def check(config: PrepareConfig) -> tuple[Tokenizer, Inputs]:
     """The tokenizer and the files of a source that is to be prepared; changes nothing.
 
     Raises:
         BadInput: an input or the tokenizer is missing, or the tokenizer lacks a control id that is asked for.
     """
-    assert config.input is not None, "the Hub is not read yet"
-    files = input_files(config.input)
     tokenizer = load_tokenizer(config.tokenizer)
     for name, wanted, index in (("bos", config.bos, tokenizer.bos_id), ("eos", config.eos, tokenizer.eos_id)):
         if wanted and index is None:
@@ -171,19 +164,20 @@ def check(config: PrepareConfig) -> tuple[Tokenizer, list[Path]]:
                 f"source {config.name} asks for {name}, and the tokenizer {config.tokenizer} has no {name}_token",
                 fix=f"set {name}=False, or name the token in tokenizer_config.json",
             )
-    return tokenizer, files
+    begun = read_settings(Progress, config.output / PROGRESS) if (config.output / PROGRESS).exists() else None
+    return tokenizer, find_inputs(config, begun.hub if begun else (), begun.file if begun else 0)
 
 
-def _write(config: PrepareConfig, tokenizer: Tokenizer, files: Sequence[Path], num_workers: int) -> Manifest:
+def _write(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs, num_workers: int) -> Manifest:
     """All shards from where an earlier attempt stopped, then the manifest."""
     folder, began = config.output, time.monotonic()
-    progress = _resume(config, tokenizer, files)
+    progress = _resume(config, tokenizer, inputs)
     # the workers are the parallelism; a library's own threads would not survive their fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer = accelerated(tokenizer, _sample(config, files))
+    tokenizer = accelerated(tokenizer, _sample(config, inputs.open(progress.file)))
     with ThreadPoolExecutor(1) as hashing:
         # its thread begins with the first file, after the workers have been forked
-        reading = _Reading(config, files, progress, hashing)
+        reading = _Reading(config, inputs, progress, hashing)
         shards = _Shards(config, tokenizer, progress)
         with (
             contextlib.closing(shards),
@@ -223,14 +217,14 @@ def _finish(config: PrepareConfig, manifest: Manifest) -> None:
     (config.output / PROGRESS).unlink()
 
 
-def _resume(config: PrepareConfig, tokenizer: Tokenizer, files: Sequence[Path]) -> Progress:
+def _resume(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs) -> Progress:
     """Where to go on; what a killed attempt left unfinished is removed.
 
     Raises:
         BadInput: the inputs or the tokenizer are not those of the earlier attempt.
     """
-    folder, states = config.output, tuple(map(_file_state, files))
-    progress = Progress(tokenizer_sha256=tokenizer.sha256, files=states)
+    folder, states = config.output, inputs.states
+    progress = Progress(tokenizer_sha256=tokenizer.sha256, files=states, hub=inputs.hub)
     if (folder / PROGRESS).exists():
         progress = read_settings(Progress, folder / PROGRESS)
         changed = [str(a.path) for a, b in itertools.zip_longest(progress.files, states) if a != b and a is not None]
@@ -251,18 +245,13 @@ def _resume(config: PrepareConfig, tokenizer: Tokenizer, files: Sequence[Path]) 
     return progress
 
 
-def _file_state(path: Path) -> FileState:
-    stat = path.stat()
-    return FileState(path=path, size_bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
-
-
-def _sample(config: PrepareConfig, files: Sequence[Path]) -> list[str]:
-    """Some texts of the source, on which tokenizers are compared."""
+def _sample(config: PrepareConfig, path: Path) -> list[str]:
+    """Some texts of a file, on which tokenizers are compared."""
     render = renderer(
         config.template, columns=config.columns, format_string=config.format_string, chat_models=config.chat_models
     )
     texts: list[str] = []
-    for piece in itertools.islice(pieces(files[0], columns=_columns(config), piece_bytes=config.piece_bytes), 4):
+    for piece in itertools.islice(pieces(path, columns=_columns(config), piece_bytes=config.piece_bytes), 4):
         for _, record in records(piece):
             with contextlib.suppress(BadRecord):
                 if not isinstance(record, BadRecord) and (rendered := render(record)):
@@ -298,10 +287,8 @@ class _Place:
 class _Reading:
     """The pieces of all files from where to go on; hashes the files meanwhile, and sees whether one changes."""
 
-    def __init__(
-        self, config: PrepareConfig, files: Sequence[Path], progress: Progress, hashing: ThreadPoolExecutor
-    ) -> None:
-        self._files, self._progress, self._hashing = files, progress, hashing
+    def __init__(self, config: PrepareConfig, inputs: Inputs, progress: Progress, hashing: ThreadPoolExecutor) -> None:
+        self._inputs, self._progress, self._hashing = inputs, progress, hashing
         self._columns, self._piece_bytes = _columns(config), config.piece_bytes
         self._places: list[_Place] = []
         self._known = {each.path: each for each in progress.hashed}
@@ -310,7 +297,7 @@ class _Reading:
 
     def pieces(self) -> Iterator[Piece]:
         """Read."""
-        for index in range(self._progress.file, len(self._files)):
+        for index in range(self._progress.file, len(self._inputs.states)):
             yield from self._file(index)
 
     def places(self) -> Iterator[_Place]:
@@ -325,33 +312,42 @@ class _Reading:
 
     def hashes(self, *, wait: bool = False) -> tuple[FileRecord, ...]:
         """The files hashed so far, in order; with `wait` all of them."""
-        for index, path in enumerate(self._files):
-            future = self._pending.get(path)
-            if path not in self._known and wait and future is None:
-                future = self._hashing.submit(sha256, path)
-            if path not in self._known and future and (wait or future.done()):
-                size = self._progress.files[index].size_bytes
-                self._known[path] = FileRecord(path=path, size_bytes=size, sha256=future.result())
-        return tuple(self._known[path] for path in self._files if path in self._known)
+        for state in self._inputs.states:
+            future = self._pending.get(state.path)
+            if state.path not in self._known and wait and future is None:  # read by an earlier attempt
+                future = self._hashing.submit(sha256, state.path)
+            if state.path not in self._known and future and (wait or future.done()):
+                self._know(state, future.result())
+        return tuple(self._known[state.path] for state in self._inputs.states if state.path in self._known)
 
     def _file(self, index: int) -> Iterator[Piece]:
-        path, here = self._files[index], index == self._progress.file
-        if path not in self._known:
-            self._pending[path] = self._hashing.submit(sha256, path)
+        path, state = self._inputs.open(index), self._inputs.states[index]
+        if known := self._inputs.known(index):
+            self._known[state.path] = known
+        elif state.path not in self._known:
+            self._pending[state.path] = self._hashing.submit(sha256, path)
+        here = index == self._progress.file
         start, first = (self._progress.start, self._progress.first) if here else (0, 1)
-        size = self._progress.files[index].size_bytes
         shown = 0.0
         for piece in pieces(path, start=start, first=first, columns=self._columns, piece_bytes=self._piece_bytes):
-            stored = min(float(len(piece.data)), size - shown)
+            stored = min(float(len(piece.data)), state.size_bytes - shown)
             shown += stored
             self._places.append(
-                _Place(path=path, file=index, start=piece.end, first=piece.first + piece.count, stored_bytes=stored)
+                _Place(
+                    path=state.path,
+                    file=index,
+                    start=piece.end,
+                    first=piece.first + piece.count,
+                    stored_bytes=stored,
+                )
             )
             yield piece
-        if _file_state(path) != self._progress.files[index]:
-            raise BadInput(
-                f"{path} changed while it was read", fix="let what writes it end; delete the output and begin again"
-            )
+        if path != state.path and state.path in self._pending:  # it is about to be deleted
+            self._know(state, self._pending[state.path].result())
+        self._inputs.close(index)
+
+    def _know(self, state: FileState, digest: str) -> None:
+        self._known[state.path] = FileRecord(path=state.path, size_bytes=state.size_bytes, sha256=digest)
 
 
 class _Shards:

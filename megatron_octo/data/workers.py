@@ -83,7 +83,7 @@ def _serve(function: Callable[[Any], Any], pipe: Connection, parent: int) -> Non
 
 def _let_go_of_files(*, but: int) -> None:
     """Close what the fork inherited: a lock, say, would outlive the parent until the kernel has killed this process."""
-    for name in os.listdir("/proc/self/fd"):
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are wanted
         if int(name) > 2 and int(name) != but:
             with contextlib.suppress(OSError):
                 os.close(int(name))

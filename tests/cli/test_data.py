@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_octo.cli import app
+from megatron_octo.data.indexed import IndexedWriter
+from megatron_octo.data.tokenizer import load_tokenizer
 from tests.conftest import REPOSITORY, snapshot
 
 MINIATURE = REPOSITORY / "recipes" / "miniature.py"
@@ -200,7 +204,76 @@ def test_a_recipe_of_another_kind_is_refused(message, recipe):
     assert "PrepareConfig or PipelineConfig" in refused
 
 
-@pytest.mark.parametrize("command", ["generate", "tokenizer", "prepare", "inspect"])
+def test_prepared_data_sets_are_verified_merged_and_mixed(data, written, recipe, tmp_path):
+    sources = written / "data"
+    code, out = data("verify", sources / "web", sources / "chat", "--json")
+    assert code == 0
+    assert [row["source"] for row in json.loads(out)] == ["web", "chat"]
+
+    code, out = data("merge", tmp_path / "both", sources / "web", sources / "web", "--json")
+    assert code == 0
+    merged = json.loads(out)
+    assert (merged["source"], merged["documents"]) == ("both", 600)
+    assert data("verify", tmp_path / "both")[0] == 0
+
+    code, out = data("mix", f"{recipe}:stable", "--budget.train-tokens", "51200", "--json")
+    assert code == 0
+    (plan,) = json.loads(out).values()
+    assert [(row["source"], row["tokens"], row["sequences"]) for row in plan] == [
+        ("web", 30720, 240),
+        ("short", 17920, 140),
+        ("chat", 2560, 20),
+    ]
+
+
+def test_a_damaged_data_set_is_found_with_exit_code_1(data, written, capsys):
+    path = written / "data" / "web" / "00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert app.main(["data", "verify", str(path.parent)]) == 1
+    assert "00000.bin has" in capsys.readouterr().err
+
+
+def test_a_source_that_would_repeat_too_often_is_refused_by_mix_and_by_training(message, written, recipe, capsys):
+    for command in (["data", "mix"], ["train"]):
+        assert app.main([*command, f"{recipe}:stable"]) == 2
+        refused = capsys.readouterr().err
+        assert re.search(r"source web would repeat too often: weight 0\.6 x 1,597,440 tokens = 958,464 of", refused)
+        assert "lower its weight to" in refused
+
+
+def test_workers_below_one_are_refused(recipe, capsys):
+    with pytest.raises(SystemExit) as end:
+        app.main(["data", "prepare", recipe, "--workers", "0"])
+    assert end.value.code == 2
+    assert "0 is not at least 1" in capsys.readouterr().err
+
+
+def test_megatrons_own_tool_by_its_flags_writes_megatrons_files(written, tmp_path):
+    """Equal to what megatron-core's own builder writes for the same documents."""
+    lines = [{"text": "What is 1+2?", "title": "A"}, {"text": "So 1+2=3. </s>", "title": "B"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--input", tmp_path / "in.jsonl", "--json-keys", "text", "title", "--output-prefix", tmp_path / "out"]
+    options += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", written / "tokenizer"]
+    command = [sys.executable, "tools/preprocess_data.py", *map(str, options), "--append-eod", "--workers", "2"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer(written / "tokenizer")
+    for key in ("text", "title"):
+        with IndexedWriter(tmp_path / f"expected_{key}", "uint16") as writer:  # byte for byte Megatron's
+            for line in lines:
+                writer.add([*tokenizer.encode(line[key]), 2])
+        for ending in ("bin", "idx"):
+            expected = (tmp_path / f"expected_{key}.{ending}").read_bytes()
+            assert (tmp_path / f"out_{key}_document.{ending}").read_bytes() == expected
+    assert not list(tmp_path.glob("*.work"))
+    again = subprocess.run(
+        [*command[:3], "nowhere.jsonl", *command[4:]], cwd=REPOSITORY, capture_output=True, check=False
+    )
+    assert again.returncode == 2
+    assert b"no input file nowhere.jsonl" in again.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "tokenizer", "prepare", "inspect", "verify", "merge", "mix"])
 def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         app.main(["data", command, "--help"])

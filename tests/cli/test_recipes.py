@@ -8,7 +8,13 @@ from megatron_octo.cli.app import main
 from megatron_octo.config.load import recipe_functions
 from tests.conftest import REPOSITORY, snapshot
 
-COMMANDS = {"MidTrainConfig": "train", "RLConfig": "rl", "PipelineConfig": "pipeline", "EvaluateConfig": "evaluate"}
+COMMANDS = {
+    "MidTrainConfig": "train",
+    "RLConfig": "rl",
+    "PipelineConfig": "pipeline",
+    "EvaluateConfig": "evaluate",
+    "PrepareConfig": "data prepare",
+}
 RECIPES = [
     (COMMANDS[function.__annotations__["return"].__name__], f"{path}:{name}")
     for path in sorted((REPOSITORY / "recipes").glob("*.py"))
@@ -18,6 +24,6 @@ RECIPES = [
 
 @pytest.mark.parametrize(("command", "recipe"), RECIPES, ids=[recipe.rsplit("/", 1)[-1] for _, recipe in RECIPES])
 def test_a_dry_run_says_what_would_happen_and_leaves_nothing(command, recipe, runs, tmp_path, capsys):
-    assert main([command, recipe, "--dry-run"]) == 0
+    assert main([*command.split(), recipe, "--dry-run"]) == 0
     assert capsys.readouterr().out.strip()
     assert snapshot(tmp_path) == {}

@@ -1,0 +1,133 @@
+"""The files of a source, one after the other: those of this machine, or those of the Hub, fetched when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_octo.config.base import Settings
+from megatron_octo.config.data import PrepareConfig
+from megatron_octo.data.hub import HubFile, check_access, downloads_folder, fetch, plan_downloads, release
+from megatron_octo.data.manifest import FileRecord
+from megatron_octo.data.read import input_files
+from megatron_octo.errors import BadInput
+
+AT_ONCE = 2  # one is read, the next is fetched
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileState(Settings):
+    """A file as it was when reading began."""
+
+    path: Path
+    """Where it is; for a file of the Hub its name there."""
+    size_bytes: int
+    modified_ns: int
+    """0 for a file of the Hub, whose commit says what it holds."""
+
+
+class Inputs(Protocol):
+    """Files to read in order."""
+
+    states: tuple[FileState, ...]
+    hub: tuple[HubFile, ...]
+    """The same as the Hub lists them; empty for files of this machine."""
+
+    def open(self, index: int) -> Path:
+        """A file, there to be read."""
+
+    def known(self, index: int) -> FileRecord | None:
+        """What the manifest says of a file whose hash need not be computed."""
+
+    def close(self, index: int) -> None:
+        """The file has been read to its end.
+
+        Raises:
+            BadInput: it changed meanwhile.
+        """
+
+
+class LocalFiles:
+    """Files of this machine."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self.hub: tuple[HubFile, ...] = ()
+        self.states = tuple(map(_state, paths))
+
+    def open(self, index: int) -> Path:
+        """See Inputs."""
+        return self._paths[index]
+
+    def known(self, index: int) -> FileRecord | None:
+        """See Inputs."""
+        return None
+
+    def close(self, index: int) -> None:
+        """See Inputs."""
+        path = self._paths[index]
+        if not path.exists() or _state(path) != self.states[index]:
+            raise BadInput(
+                f"{path} changed while it was read", fix="let what writes it end; delete the output and begin again"
+            )
+
+
+class HubFiles:
+    """Files of the Hub: the next is fetched while one is read, and one that has been read is deleted."""
+
+    def __init__(self, files: Sequence[HubFile], folder: Path) -> None:
+        self.hub, self._folder = tuple(files), folder
+        self._fetcher = ThreadPoolExecutor(1)
+        self._coming: dict[int, Future[Path]] = {}
+        self.states = tuple(
+            FileState(path=Path(_name(each)), size_bytes=each.size_bytes, modified_ns=0) for each in files
+        )
+
+    def open(self, index: int) -> Path:
+        """See Inputs."""
+        for each in range(index, min(index + AT_ONCE, len(self.hub))):
+            if each not in self._coming:
+                self._coming[each] = self._fetcher.submit(fetch, self.hub[each], self._folder)
+        return self._coming[index].result()
+
+    def known(self, index: int) -> FileRecord | None:
+        """See Inputs."""
+        file = self.hub[index]
+        if file.sha256 is None:
+            return None
+        return FileRecord(path=self.states[index].path, size_bytes=file.size_bytes, sha256=file.sha256)
+
+    def close(self, index: int) -> None:
+        """See Inputs."""
+        del self._coming[index]
+        release(self.hub[index], self._folder)
+
+
+def find_inputs(config: PrepareConfig, begun: Sequence[HubFile] = (), first: int = 0) -> Inputs:
+    """The files of a source; nothing is fetched yet.
+
+    Args:
+        begun: of the Hub's files, those that an earlier attempt read: the same are read on.
+        first: index of the first that is still to be read.
+
+    Raises:
+        BadInput: there are none, they cannot be read by us, or the disk lacks room for them.
+    """
+    if config.input is not None:
+        return LocalFiles(input_files(config.input))
+    assert config.hub is not None
+    files = begun or plan_downloads(config.hub)
+    check_access(config, files[first:], files_at_once=AT_ONCE)
+    return HubFiles(files, downloads_folder(config))
+
+
+def _state(path: Path) -> FileState:
+    stat = path.stat()
+    return FileState(path=path, size_bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
+
+
+def _name(file: HubFile) -> str:
+    return f"datasets/{file.repository}@{file.commit}/{file.path}"
