@@ -14,6 +14,9 @@ CORE = [
     "safetensors>=0.5",
     "sentencepiece>=0.2.1",
     "tokenizers>=0.22",
+    "gigatoken==0.10.0",
+    "tiktoken>=0.7",  # reads Llama-3's tokenizer.model
+    "huggingface_hub>=1",
     "transformers>=5.15,<6",
     "math-verify>=0.9",
     "psutil>=6",  # megatron-core's checkpoint writer also needs it, dies without it and does not say so
