@@ -78,6 +78,8 @@ def _serve(function: Callable[[Any], Any], pipe: Connection, parent: int) -> Non
             answer = (True, function(waiting.get()))
         except Exception as error:  # the parent's to raise
             answer = (False, error)
+        except BaseException as error:  # a panic of Rust's, which cannot be pickled
+            answer = (False, RuntimeError(f"{type(error).__name__}: {error}"))
         pipe.send(answer)
 
 
