@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+HALF := $(VENV)/.installing
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -16,12 +17,15 @@ setup: $(STAMP)  ## .venv with the locked stack and this package (done by the ot
 
 $(STAMP): requirements/cpu.txt setup.py .python-version
 	@sh tools/find_python.sh >/dev/null
-	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
+	@# an installation that was cut off says that packages are there whose files are not
+	@test ! -e $(HALF) && $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
 		|| "$$(sh tools/find_python.sh)" -m venv --clear $(VENV)
+	@touch $(HALF)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements/cpu.txt)"
 	@echo "installing the locked stack into $(VENV) (about 7 GB)"
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --compile-bytecode -r requirements/cpu.txt
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
+	@rm $(HALF)
 	@touch $@
 
 demo: $(STAMP)  ## the whole road in miniature on this machine (a quarter of an hour on two cores)

@@ -1,4 +1,8 @@
-"""Packaging. People install from the locks in requirements/ (see README); the extras name what each stage needs."""
+"""Packaging. People install from the locks in requirements/ (see README); the extras name what each stage needs.
+
+`launch` and `evaluate` or `rl` together do not resolve by themselves (leptonai against vLLM): the locks hold them
+together by requirements/overrides.txt.
+"""
 
 from pathlib import Path
 

@@ -68,9 +68,14 @@ def emit(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print a table on stdout; plain where rich is missing, as `octo doctor` may have to say."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        lines = ("\t".join(map(str, row)) for row in rows)
+        emit("\n".join([title, "\t".join(columns), *lines]))
+        return
 
     out = Table(title=title, title_justify="left")
     cells = [[str(cell) for cell in row] for row in rows]

@@ -192,6 +192,8 @@ def check_config(
         BadInput: `folder/config.json` differs from `config`; the message lists the fields.
     """
     path = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file, not a run's folder", fix=fix)
     if not path.exists():
         return
     differing = [

@@ -47,3 +47,14 @@ def snapshot(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+def write_model_folder(folder: Path) -> Path:
+    """A Hugging Face folder as far as checks look into it: no weights, and a tokenizer of one id."""
+    import tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"vocab_size": 8}')
+    (folder / "model.safetensors").write_bytes(b"weights")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    return folder

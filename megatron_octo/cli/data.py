@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo import console
-from megatron_octo.cli.options import parse_recipe, parser, recipe_parser
+from megatron_octo.cli.options import at_least_one, parse_recipe, parser, recipe_parser
 from megatron_octo.config.base import Settings, to_dict
 from megatron_octo.config.data import PrepareConfig, SyntheticConfig, TokenizerConfig
 from megatron_octo.config.load import load_recipe
@@ -204,12 +204,6 @@ def _mix_row(each: SourcePlan) -> dict[str, Any]:
     }
 
 
-def _at_least_one(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
 def _documents(own: argparse.Namespace, manifest: Manifest) -> list[dict[str, Any]]:
     from megatron_octo.data.indexed import read_documents
     from megatron_octo.data.tokenizer import load_tokenizer
@@ -236,7 +230,7 @@ def _load[S: Settings](
     if command == "prepare":
         options.add_argument("--source", metavar="NAME", nargs="+", help="of a pipeline's sources, these only")
         workers = "processes that encode (default: one a core); the result is the same for any number"
-        options.add_argument("--workers", metavar="N", type=_at_least_one, help=workers)
+        options.add_argument("--workers", metavar="N", type=at_least_one, help=workers)
     kinds: tuple[type[S | PipelineConfig], ...] = (kind, PipelineConfig)
     own, overrides = parse_recipe(options, argv, kinds)
     return own, load_recipe(own.recipe, kinds, overrides, command=f"octo data {command}")

@@ -5,20 +5,36 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from megatron_octo.config.base import Settings
 from megatron_octo.errors import BadInput
 
 
+class Parser(argparse.ArgumentParser):
+    """Does not guess at abbreviations, and names the option that was meant. Subcommands' parsers are of it too."""
+
+    def __init__(self, **options: Any) -> None:
+        formatter = options.pop("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**{**options, "allow_abbrev": False, "formatter_class": formatter})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but what is left over is refused with the nearest option.
+
+        Raises:
+            BadInput: an argument is none of these.
+        """
+        own, rest = self.parse_known_args(args, namespace)
+        if rest:
+            refuse_mistyped(self, rest, ())
+            raise BadInput(f"unknown argument {rest[0]!r}", fix=f"`{self.prog} --help` lists them")
+        return own
+
+
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser for a command's own options; it does not guess at abbreviations."""
-    return argparse.ArgumentParser(
-        prog=f"octo {command}",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """A parser for a command's own options."""
+    return Parser(prog=f"octo {command}", description=description)
 
 
 def recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -46,6 +62,13 @@ def parse_recipe(
     return own, rest
 
 
+def at_least_one(text: str) -> int:
+    """A count, for argparse's `type`."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
 def refuse_mistyped(out: argparse.ArgumentParser, rest: Sequence[str], kinds: Sequence[type[Settings]]) -> None:
     """Refuse what looks like an own option: the recipe's parser knows its fields alone and could not name it.
 
@@ -53,8 +76,17 @@ def refuse_mistyped(out: argparse.ArgumentParser, rest: Sequence[str], kinds: Se
         BadInput: an option of `rest` is no field of `kinds` and looks like one of `out`.
     """
     fields = {f"--{field.name}".replace("_", "-") for kind in kinds for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    own = [name for action in out._actions for name in action.option_strings]
+    own = list(_options(out))
     for option in (arg.partition("=")[0] for arg in rest if arg.startswith("--")):
         near = difflib.get_close_matches(option, own, n=1, cutoff=0.8)
         if near and "." not in option and option.replace("_", "-") not in fields:
             raise BadInput(f"unknown option {option}", fix=f"did you mean {near[0]}?")
+
+
+def _options(out: argparse.ArgumentParser) -> Iterator[str]:
+    """The options of a parser and of its subcommands."""
+    for action in out._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from _options(each)

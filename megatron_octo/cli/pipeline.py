@@ -8,7 +8,7 @@ from megatron_octo import console
 from megatron_octo.cli.options import parse_recipe, recipe_parser
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
-from megatron_octo.launch.pipeline import run_pipeline, stages
+from megatron_octo.launch.pipeline import check_inputs, run_pipeline, stages
 
 
 def main(argv: Sequence[str]) -> None:
@@ -18,6 +18,7 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--json", action="store_true", help="with --dry-run: machine output")
     own, overrides = parse_recipe(options, argv, (PipelineConfig,))
     config = load_recipe(own.recipe, PipelineConfig, overrides, command="octo pipeline")
+    check_inputs(config)
     if not own.dry_run:
         run_pipeline(config)
         return

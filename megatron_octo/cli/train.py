@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_octo import console
-from megatron_octo.cli.options import parse_recipe, recipe_parser
+from megatron_octo.cli.options import at_least_one, parse_recipe, recipe_parser
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.train import MidTrainConfig
@@ -15,7 +15,9 @@ from megatron_octo.platform.process_group import started_by_launcher, world
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = recipe_parser("train", "Run a mid-training stage: stable, or a decay branch. Resumes from its last save.")
-    options.add_argument("--ranks", type=int, default=1, help="processes to start on this machine (default: 1)")
+    options.add_argument(
+        "--ranks", type=at_least_one, default=1, help="processes to start on this machine (default: 1)"
+    )
     options.add_argument("--dry-run", action="store_true", help="print the plan's arithmetic; touch nothing")
     options.add_argument("--json", action="store_true", help="with --dry-run: machine output")
     own, overrides = parse_recipe(options, argv, (MidTrainConfig,))

@@ -60,13 +60,13 @@ class PipelineConfig(Settings):
 
     def __post_init__(self) -> None:
         require_name(self.name)
-        size, room = self.tokenizer.vocab_size if self.tokenizer else 0, self.stable.model.vocab_size
-        require(
-            size <= room,
-            f"tokenizer.vocab_size {size:,} exceeds stable.model.vocab_size {room:,}",
-            fix="a tokenizer may have fewer ids than the model has rows, never more",
-        )
+        size = self.tokenizer.vocab_size if self.tokenizer else 0
         for stage in (self.stable, *self.branches):
+            require(
+                size <= stage.model.vocab_size,
+                f"tokenizer.vocab_size {size:,} exceeds {stage.name}'s model.vocab_size {stage.model.vocab_size:,}",
+                fix="a tokenizer may have fewer ids than the model has rows, never more",
+            )
             stage.resolve(self.train_ranks)
         names = [self.stable.name, *(branch.name for branch in self.branches), *(rl.name for rl in self.rl)]
         require(

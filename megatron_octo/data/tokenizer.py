@@ -126,6 +126,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return _of_json(_llama3(file), {"bos_token": LLAMA3_CONTROLS[0], "eos_token": LLAMA3_CONTROLS[1]}, sha256)
 
 
+def check_vocabulary(model: Path) -> None:
+    """Refuse a Hugging Face folder whose tokenizer has more ids than its model has rows.
+
+    Raises:
+        BadInput: so it is, or it holds no tokenizer.
+    """
+    rows, size = read_json(model / "config.json").get("vocab_size", 0), load_tokenizer(model).vocab_size
+    if size > rows:
+        raise BadInput(
+            f"the tokenizer in {model} has {size:,} ids, but the model has {rows:,} rows (vocab_size)",
+            fix="put the model's own tokenizer into the folder, or export the model again",
+        )
+
+
 def accelerated(tokenizer: Tokenizer, sample: Sequence[str]) -> Tokenizer:
     """The same tokenizer on gigatoken if that gives the same ids for `sample`, control tokens and known traps.
 

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_octo import console, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.evaluate import EvaluateConfig, ScoredModel
+from megatron_octo.data.tokenizer import check_vocabulary
 from megatron_octo.errors import BadInput
 from megatron_octo.evaluate import generate
 from megatron_octo.evaluate.generate import Answer
@@ -109,6 +110,7 @@ def check(config: EvaluateConfig, *, overwrite: bool = False) -> list[ScoredMode
             )
         if not any(scored.model.glob("*.safetensors")):
             raise BadInput(f"no weights in {scored.model}: it has no *.safetensors", fix="export the model again")
+        check_vocabulary(scored.model)
     outputs = [scored.output for scored in config.models]
     twice = next((output for output in outputs if outputs.count(output) > 1), None)
     if twice is not None:

@@ -5,6 +5,7 @@ Nothing is decided here but the order; every stage can be run alone with the com
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from megatron_octo import console, rundir, stage_log
 from megatron_octo.config.base import to_dict
+from megatron_octo.config.evaluate import EvaluateConfig
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput, OctoError
@@ -69,6 +71,7 @@ def run_pipeline(config: PipelineConfig) -> None:
     """
     folder = rundir.run_folder(config.name)
     rundir.check_config(folder, to_dict(config), fix="use another OCTO_RUNS, or the settings of the folder")
+    check_inputs(config)
     _check_outputs(config)
     with rundir.lock(folder), terminate_as_interrupt():
         rundir.claim(folder, to_dict(config))
@@ -78,6 +81,73 @@ def run_pipeline(config: PipelineConfig) -> None:
         for number, stage in enumerate(todo, 1):
             _run_stage(stage, f"[{number}/{len(todo)}] {stage.name}", folder)
         _show_costs(folder)
+
+
+def check_inputs(config: PipelineConfig) -> None:
+    """Refuse a stage that reads what neither is there nor is written before it, or that fits no other; reads only.
+
+    Raises:
+        BadInput: so it is; the message names the setting.
+    """
+    models = {stage.name: stage.model for stage in (config.stable, *config.branches)}
+    if config.base:
+        models["base"] = config.base.model
+    for name, model in models.items():
+        if model != config.stable.model:
+            differing = ", ".join(
+                f"{field} {old} and {new}"
+                for field, old, new in rundir.differences(to_dict(config.stable.model), to_dict(model))
+            )
+            raise BadInput(
+                f"pipeline {config.name}: the models of {config.stable.name} and {name} differ: {differing}",
+                fix="give all stages the same model: each goes on with the weights of the one before",
+            )
+    written: set[Path] = set()
+    for setting, path, outputs in _reads_and_writes(config):
+        if path is not None and path not in written and not path.exists():
+            raise BadInput(
+                f"pipeline {config.name}: {setting} {path} is not there, and no stage before writes it",
+                fix="correct the path, or add the stage that writes it",
+            )
+        written.update(outputs)
+
+
+def _reads_and_writes(config: PipelineConfig) -> Iterator[tuple[str, Path | None, tuple[Path, ...]]]:
+    """In the stages' order: (a setting, the path that it reads or None, the paths that are there afterwards)."""
+    corpora = config.corpora
+    if corpora:
+        names = [*(name for name, _ in corpora.documents), "rl_train", "heldout"]
+        yield "corpora", None, tuple(corpora.output / f"{name}.jsonl" for name in names)
+    if config.tokenizer:
+        for number, each in enumerate(config.tokenizer.inputs):
+            yield f"tokenizer.inputs.{number}.input", each.input, ()
+        yield "tokenizer", None, (config.tokenizer.output,)
+    for number, source in enumerate(config.prepare):
+        readable = source.input if source.input and not glob.has_magic(str(source.input)) else None
+        yield f"prepare.{number}.input", readable, ()
+        yield f"prepare.{number}.tokenizer", source.tokenizer, (source.output,)
+    if config.base:
+        yield "base.tokenizer", config.base.tokenizer, (config.base.output,)
+    yield "base_folder", config.base_folder, (config.import_folder,)
+    for stage in (config.stable, *config.branches):
+        prefix = "stable" if stage is config.stable else f"branches.{config.branches.index(stage)}"
+        yield f"{prefix}.data.tokenizer", stage.data.tokenizer, ()
+        for number, mixed in enumerate(stage.data.sources):
+            yield f"{prefix}.data.sources.{number}.path", mixed.path, ()
+        folder = rundir.run_folder(stage.name)
+        yield prefix, None, (folder, folder / "hf" / f"step_{stage.num_steps:08d}")
+    yield from _evaluation_reads("evaluate_before", config.evaluate_before)
+    for number, run in enumerate(config.rl):
+        yield f"rl.{number}.model", run.model, ()
+        yield f"rl.{number}.prompts", run.prompts, (run.output / "hf",)
+    yield from _evaluation_reads("evaluate_after", config.evaluate_after)
+
+
+def _evaluation_reads(name: str, config: EvaluateConfig | None) -> Iterator[tuple[str, Path | None, tuple[Path, ...]]]:
+    if config:
+        yield f"{name}.problems", config.problems, ()
+        for number, scored in enumerate(config.models):
+            yield f"{name}.models.{number}.model", scored.model, ()
 
 
 def _check_outputs(config: PipelineConfig) -> None:

@@ -17,7 +17,10 @@ from pathlib import Path
 from megatron_octo.platform import has_apex
 
 PROBE_TIMEOUT_S = 10.0
-LOCKED = "make setup (installs requirements/cpu.txt)"
+LOCKED = "make clean setup (installs requirements/cpu.txt anew; runs/ stays)"
+CORE = ("tyro", "pydantic", "rich", "numpy", "orjson", "safetensors", "tensorboard", "math-verify", "plotly")
+READING = ("pyarrow", "tokenizers", "sentencepiece", "gigatoken", "tiktoken", "huggingface-hub")
+"""What `octo data` reads and encodes with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +52,8 @@ def parts() -> list[Part]:
     """Everything looked for, found or not."""
     return [
         _python(),
+        _packages("core packages", CORE, "every stage"),
+        _packages("data packages", READING, "data preparation"),
         _package("torch", "training, conversion", LOCKED),
         _package("megatron-core", "training, conversion", LOCKED),
         _package("psutil", "megatron-core's checkpoint writer (dies without it)", LOCKED),
@@ -68,8 +73,8 @@ def parts() -> list[Part]:
         _program("g++", ("g++", "--version"), "kernels that DeepSpeed and vLLM compile once", "apt-get install g++"),
         _program("ninja", ("ninja", "--version"), "the same", "pip install ninja"),
         _program("Slurm", ("sbatch", "--version"), "cluster jobs", "apt-get install slurm-client, or a login node"),
-        _package("nemo-run", "cluster jobs", "pip install 'megatron_octo[launch]'"),
-        _package("wandb", "metrics on Weights & Biases", "pip install 'megatron_octo[wandb]'"),
+        _package("nemo-run", "cluster jobs", LOCKED),
+        _package("wandb", "metrics on Weights & Biases", LOCKED),
     ]
 
 
@@ -82,7 +87,7 @@ def abilities(found: Sequence[Part]) -> list[Ability]:
     rl = "GPU: vLLM, flash attention" if gpu else "CPU: logical devices, vLLM's CPU engine, gloo weight sync"
     rl_needs = ("openrlhf", "ray", "deepspeed", "vLLM", "g++", "ninja", *(("flash-attn",) if gpu else ()))
     return [
-        _ability("data", "CPU", ("transformers",), have),
+        _ability("data", "CPU", ("data packages", "transformers"), have),
         _ability("train", device, ("torch", "megatron-core", "psutil"), have),
         _ability("convert", "CPU, one process", ("torch", "megatron-core", "transformers"), have),
         _ability("evaluate", "GPU" if gpu else "CPU", ("vLLM", "g++"), have),
@@ -92,7 +97,7 @@ def abilities(found: Sequence[Part]) -> list[Ability]:
 
 
 def _ability(stage: str, how: str, needs: Sequence[str], have: dict[str, Part]) -> Ability:
-    missing = [have[name] for name in needs if not have[name].found]
+    missing = [have[name] for name in ("python", "core packages", *needs) if not have[name].found]
     if not missing:
         return Ability(stage=stage, runs=True, how=how, fix="")
     names = ", ".join(part.name for part in missing)
@@ -106,11 +111,27 @@ def _python() -> Part:
 
 
 def _package(name: str, use: str, fix: str) -> Part:
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        found = ""
+    return Part(name=name, found=_version(name), use=use, fix=fix)
+
+
+def _packages(name: str, packages: Sequence[str], use: str) -> Part:
+    """Several packages that come together; found only where all are."""
+    missing = [package for package in packages if not _version(package)]
+    found = "" if missing else f"all {len(packages)}"
+    fix = f"{LOCKED}; missing: {', '.join(missing)}" if missing else LOCKED
     return Part(name=name, found=found, use=use, fix=fix)
+
+
+def _version(package: str) -> str:
+    """Its version; empty where it is not installed, or only in part, as an installation that was cut off leaves it."""
+    try:
+        installed = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return ""
+    # os.path: a package has up to 10,000 files
+    files = (str(file) for file in installed.files or () if file.suffix == ".py")
+    root = str(installed.locate_file(""))
+    return installed.version if all(os.path.exists(os.path.join(root, file)) for file in files) else ""  # noqa: PTH110, PTH118
 
 
 def _vllm() -> Part:

@@ -18,6 +18,7 @@ from typing import TextIO
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.rl import RLConfig
+from megatron_octo.data.tokenizer import check_vocabulary
 from megatron_octo.errors import BadInput, OctoError, VerificationError
 from megatron_octo.lineage import Lineage
 from megatron_octo.rl import collect, prompts
@@ -114,6 +115,7 @@ def check_model(config: RLConfig, *, cuda: bool) -> None:
             f"{config.model}/generation_config.json has no eos_token_id: no response would ever end",
             fix="write the tokenizer's end-of-text id into it",
         )
+    check_vocabulary(config.model)
     model = rundir.read_json(config.model / "config.json")
     head = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
     if not cuda and head not in CPU_HEAD_SIZES:

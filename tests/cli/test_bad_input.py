@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,45 @@ def test_a_mistyped_option(refused):
 )
 def test_a_mistyped_option_of_the_command_itself(refused, command, meant):
     assert f"did you mean {meant}?" in refused(*command)
+
+
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        (("doctor", "--jsn"), "--json"),
+        (("report", "miniature", "--outputt", "x"), "--output"),
+        (("data", "inspect", "x", "--documnts", "3"), "--documents"),
+        (("convert", "to-hf", "x", "--skip-verif"), "--skip-verify"),
+        (("convert", "random-base", "recipes/miniature.py:pipeline", "--overwrit"), "--overwrite"),
+        (("recipes", "list", "--jso"), "--json"),
+    ],
+)
+def test_options_are_not_guessed_at(refused, command, meant):
+    assert f"did you mean {meant}?" in refused(*command)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--branches.0.model.vocab-size", "300"), r"384 exceeds miniature-decay-short's model.vocab_size 300"),
+        (("--base.model.vocab-size", "100"), r"miniature-stable and base differ: vocab_size 384 and 100"),
+        (("--stable.data.sources.0.path", "nowhere"), r"stable.data.sources.0.path nowhere is not there"),
+        (("--branches.1.data.sources.0.path", "nowhere"), r"branches.1.data.sources.0.path nowhere is not there"),
+        (("--base-folder", "nowhere"), r"base_folder nowhere is not there"),
+        (("--prepare.0.input", "nowhere.jsonl"), r"prepare.0.input nowhere.jsonl is not there"),
+        (("--rl.0.prompts", "nowhere"), r"rl.0.prompts nowhere is not there"),
+        (("--evaluate-before.problems", "nowhere"), r"evaluate_before.problems nowhere is not there"),
+        (("--branches.1.model.hidden-size", "256"), r"differ: hidden_size 128 and 256"),
+    ],
+)
+def test_a_pipeline_whose_stages_do_not_fit_is_refused_before_the_first(refused, options, message):
+    assert re.search(message, " ".join(refused("pipeline", "recipes/miniature.py", *options).split()))
+
+
+def test_a_file_in_the_place_of_a_run_folder(refused, runs):
+    runs.mkdir(exist_ok=True)
+    (runs / "taken").write_text("")
+    assert "is a file, not a run's folder" in refused("train", STABLE, "--name", "taken")
 
 
 def test_an_option_of_the_wrong_type(refused):

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_octo.cli import evaluate as command
 from megatron_octo.errors import BadInput
-from tests.conftest import Octo, snapshot
+from tests.conftest import Octo, snapshot, write_model_folder
 
 RECIPE = "recipes/miniature.py:pipeline"
 SETTINGS = ("--task", "sums", "--samples", 4, "--temperature", 1)
@@ -28,8 +28,7 @@ def model(runs: Path) -> Path:
     """An export of a run, as far as a dry run looks."""
     folder = runs / "road-decay-long" / "hf" / "step_00000480"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"weights")
+    write_model_folder(folder)
     return folder
 
 
@@ -51,8 +50,7 @@ def test_dry_run_of_folders_names_outputs_and_changes_nothing(
 ) -> None:
     other = tmp_path / "elsewhere" / "road" / "hf" / "step_00000480"
     other.mkdir(parents=True)
-    (other / "config.json").write_text("{}")
-    (other / "model.safetensors").write_bytes(b"weights")
+    write_model_folder(other)
     before = snapshot(tmp_path)
     shown = octo("evaluate", model, other, "--problems", problems, *SETTINGS, "--dry-run", "--json")
     assert shown.returncode == 0, shown.stderr

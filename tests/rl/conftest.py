@@ -39,7 +39,7 @@ def model_folder(tmp_path: Path) -> Path:
     folder.mkdir()
     write_tokenizer(folder)
     (folder / "config.json").write_text(
-        json.dumps({"max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 2})
+        json.dumps({"max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 384})
     )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 256}))
     (folder / "model.safetensors").write_bytes(b"weights")

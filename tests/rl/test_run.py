@@ -23,7 +23,7 @@ from megatron_octo.rl.run import check_model, run_all, run_rl
 from tests.conftest import snapshot
 
 Replaced = Callable[..., RLConfig]
-SHAPE = {"max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 2}
+SHAPE = {"max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 384}
 
 
 def step(number: int, **values: float) -> str:

@@ -19,7 +19,7 @@ from megatron_octo.evaluate.generate import Answer, answer_seed
 from megatron_octo.evaluate.run import check, evaluate, read_problems, read_scores
 from megatron_octo.platform import vllm_cpu
 from megatron_octo.rundir import is_done
-from tests.conftest import snapshot
+from tests.conftest import snapshot, write_model_folder
 
 RIGHT = {(0, 0), (0, 1), (1, 0)}  # (problem, sample)
 LABELS = ("5", "7", "9")
@@ -30,8 +30,7 @@ def config(tmp_path: Path) -> EvaluateConfig:
     """Three problems, two answers each, one model."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"weights")
+    write_model_folder(model)
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps({"input": f"Find {n}.", "label": n}) + "\n" for n in LABELS))
     return EvaluateConfig(

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_octo.data.read import read_records
-from megatron_octo.data.tokenizer import load_tokenizer
+from megatron_octo.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_octo.data.tokenizer_training import train_tokenizer
 from megatron_octo.errors import BadInput
 from tests.conftest import snapshot
@@ -147,3 +147,12 @@ def test_a_tokenizer_model_of_another_make_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_text("something else")
     with pytest.raises(BadInput, match=r"tokenizer\.model is no SentencePiece model"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_beyond_the_models_rows_is_refused(tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 384}')
+    check_vocabulary(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 383}')
+    with pytest.raises(BadInput, match=r"has 384 ids, but the model has 383 rows"):
+        check_vocabulary(tmp_path / "model")
