@@ -28,7 +28,7 @@ CORE = [
     "plotly>=6",
 ]
 EXTRAS = {
-    "train": ["torch>=2.11", "megatron-core==0.19.2"],
+    "train": ["torch>=2.11", "megatron-core==0.19.2", "numba>=0.61"],
     # its torch part is a source distribution: build with --no-build-isolation against the installed torch
     "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2", "flash-attn==2.8.3"],
     "rl": ["openrlhf==0.11.2", "ray==2.55.0", "deepspeed==0.19.6"],
