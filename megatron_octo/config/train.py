@@ -193,6 +193,12 @@ class MidTrainConfig(Settings):
             f"data.seq_length {self.data.seq_length} is beyond model.max_positions {self.model.max_positions}",
             fix="shorten the sequence",
         )
+        require(
+            self.data.across_documents or self.parallel.context == 1,
+            f"data.across_documents is off with parallel.context {self.parallel.context}: context parallelism shares "
+            "out whole sequences, not the documents in them",
+            fix="set parallel.context to 1, or leave data.across_documents on",
+        )
         _check_layout(self.model, self.parallel)
 
     @property

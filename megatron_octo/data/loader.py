@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_octo.data.borders import cut_at_documents
+from megatron_octo.data.dataset import packed_dataset_class, waiting_for_rank_0
+
 if TYPE_CHECKING:
     import numpy
     import torch
@@ -38,7 +41,7 @@ def build_dataset(
     them. Documents are packed end to end and cut; a source that is too short is repeated, reshuffled each time.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -52,8 +55,13 @@ def build_dataset(
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_sequences, 0, 0], lambda: reads_data, config)
-    dataset: BlendedDataset | None = builder.build()[0]
+    sizes = [num_sequences, 0, 0]
+    dataset_class = packed_dataset_class(
+        frozenset(str(shard.prefix) for shard in mixture.shards if shard.loss == "answers")
+    )
+    builder = BlendedMegatronDatasetBuilder(dataset_class, sizes, lambda: reads_data, config)
+    with waiting_for_rank_0(cache):
+        dataset: BlendedDataset | None = builder.build()[0]
     return dataset
 
 
@@ -76,9 +84,14 @@ class Loader:
     num_micro_batches: int
     """Micro-batches of this rank in a step."""
     device: str
+    cut_after: int | None = None
+    """The id that ends a document, where attention and positions are cut; None to go across documents."""
 
     def step(self, consumed_sequences: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The micro-batches of one step: `tokens`, `labels`, `loss_mask`, `position_ids`, each [b, s]."""
+        """The micro-batches of one step: `tokens`, `labels`, `loss_mask`, `position_ids`, each [b, s].
+
+        Cut at documents, each is as `cut_at_documents` returns it, with `max_seqlen` left on the CPU.
+        """
         for micro_batch in range(self.num_micro_batches):
             yield self._micro_batch(
                 sequence_numbers(
@@ -95,9 +108,14 @@ class Loader:
 
         assert self.dataset is not None, "this rank reads no data"
         rows: list[dict[str, Any]] = [self.dataset[number] for number in numbers]
+        batch = {
+            key: torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask", "position_ids")
+        }
+        if self.cut_after is not None:
+            batch = cut_at_documents(batch, self.cut_after)
         return {
-            key: torch.stack([row[key] for row in rows]).to(self.device, non_blocking=True)
-            for key in ("tokens", "labels", "loss_mask", "position_ids")
+            key: value if key == "max_seqlen" else value.to(self.device, non_blocking=True)
+            for key, value in batch.items()
         }
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_octo.data.manifest import Manifest, read_manifest, tokenizer_sha256
+from megatron_octo.data.manifest import PREPARE, Manifest, read_manifest, tokenizer_sha256
 from megatron_octo.errors import BadInput
 
 if TYPE_CHECKING:
-    from megatron_octo.config.data import MixtureConfig
+    from megatron_octo.config.data import Loss, MixtureConfig, SourceConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +23,8 @@ class Shard:
     """Share of the stage's tokens."""
     source: int
     """Index of its source."""
+    loss: Loss = "all"
+    """Which tokens are learned from: all, or those marked in PREFIX.loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,14 +50,22 @@ def read_mixture(config: MixtureConfig, *, model_vocab_size: int) -> Mixture:
 
     Raises:
         BadInput: a data set is missing or unfinished, was prepared with another tokenizer, or has no tokens; the
-            tokenizer has more ids than the model has rows.
+            tokenizer has more ids than the model has rows; a source with loss on answers has no marks of them; its
+            documents are to be cut and have no end-of-text id; a data set is in it with both kinds of loss.
     """
     manifests = [read_manifest(source.path) for source in config.sources]
     wanted = tokenizer_sha256(config.tokenizer)
     for source, manifest in zip(config.sources, manifests, strict=True):
         _check(source.path, manifest, wanted, config.tokenizer, model_vocab_size)
+        _check_masks(source, manifest, across_documents=config.across_documents)
+    _check_same_loss(config.sources)
     shards = tuple(
-        Shard(prefix=source.path / shard.prefix, weight=source.weight * shard.tokens / manifest.tokens, source=index)
+        Shard(
+            prefix=source.path / shard.prefix,
+            weight=source.weight * shard.tokens / manifest.tokens,
+            source=index,
+            loss=source.loss,
+        )
         for index, (source, manifest) in enumerate(zip(config.sources, manifests, strict=True))
         for shard in manifest.shards
         if shard.tokens > 0
@@ -85,3 +95,35 @@ def _check(folder: Path, manifest: Manifest, wanted: str, tokenizer: Path, model
         )
     if manifest.tokens == 0:
         raise BadInput(f"data set {folder} holds no tokens", fix="leave the source out, or prepare it from other text")
+
+
+def _check_masks(source: SourceConfig, manifest: Manifest, *, across_documents: bool) -> None:
+    if not across_documents and (not manifest.eos or manifest.tokenizer.eos_id is None):
+        raise BadInput(
+            f"data.across_documents is off, but the documents of {source.path} do not end with an end-of-text id",
+            fix="prepare it again with eos on (`octo data prepare`), or leave data.across_documents on",
+        )
+    if source.loss == "all":
+        return
+    for shard in manifest.shards:
+        path = source.path / f"{shard.prefix}.loss"
+        if shard.loss_sha256 is None or not path.is_file():
+            raise BadInput(
+                f"source {source.name} has loss {source.loss!r}, but its data set lacks {path}",
+                fix="prepare it again with mark_answers on (`octo data prepare`), or give the source loss 'all'",
+            )
+        if path.stat().st_size != shard.tokens:
+            raise BadInput(
+                f"{path} has {path.stat().st_size:,} bytes; its shard has {shard.tokens:,} tokens",
+                fix=f"copy it again, or {PREPARE}",
+            )
+
+
+def _check_same_loss(sources: tuple[SourceConfig, ...]) -> None:
+    losses = {source.path: source.loss for source in sources}
+    for source in sources:
+        if losses[source.path] != source.loss:
+            raise BadInput(
+                f"the data set {source.path} is in data.sources with loss 'all' and with loss 'answers'",
+                fix="name it once, or copy it to another folder",
+            )

@@ -55,21 +55,33 @@ def _causal_attention_class() -> type:
     from megatron.core.transformer.module import MegatronModule
 
     class CausalAttention(MegatronModule):
-        """torch's scaled_dot_product_attention over whole sequences: causal, grouped queries, no mask tensor."""
+        """torch's scaled_dot_product_attention: causal, grouped queries, no mask tensor.
+
+        Over whole sequences; or, with PackedSeqParams, over one document after the other.
+        """
 
         def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config=config)
 
-        def forward(self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]."""
+        def forward(
+            self, query: Any, key: Any, value: Any, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+        ) -> Any:
+            """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]; packed, all are without b."""
+            if packed_seq_params is not None:
+                return _by_document(query, key, value, packed_seq_params.cu_seqlens_q)
             s, b, n, d = query.shape
-            out = torch.nn.functional.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                is_causal=True,
-                enable_gqa=n != key.shape[2],
-            )
+            out = attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3))
             return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        )
+
+    def _by_document(query: Any, key: Any, value: Any, borders: Any) -> Any:
+        lengths = borders.diff().tolist()
+        parts = [each.transpose(0, 1)[None].split(lengths, dim=2) for each in (query, key, value)]
+        out = torch.cat([attend(*document) for document in zip(*parts, strict=True)], dim=2)
+        return out[0].transpose(0, 1).flatten(1)
 
     return CausalAttention

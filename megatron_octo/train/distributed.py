@@ -100,7 +100,7 @@ def bare(wrapped: Any) -> Any:
 
 
 def mean_loss(parts: Sequence[Any], device: str) -> float:
-    """The mean loss of a step over all tokens. All ranks call it.
+    """The mean loss of a step over all tokens that count, 0 if none does. All ranks call it.
 
     One sum over all ranks of [loss sum, tokens]: pipeline stages without the loss add zeros, and the equal
     copies of tensor-parallel ranks cancel in the quotient.
@@ -116,7 +116,7 @@ def mean_loss(parts: Sequence[Any], device: str) -> float:
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
     loss, tokens = total.tolist()
-    return float(loss / tokens)
+    return float(loss / tokens) if tokens else 0.0
 
 
 def from_source(value: Any) -> Any:

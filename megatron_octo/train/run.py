@@ -20,6 +20,7 @@ from megatron_octo.budget.schedule import rate_at
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig, TrainPlan
 from megatron_octo.console import duration, logger
+from megatron_octo.data import mix
 from megatron_octo.data.loader import Loader, build_dataset, source_order
 from megatron_octo.data.mixture import Mixture, read_mixture
 from megatron_octo.errors import BadInput
@@ -80,11 +81,11 @@ def train(config: MidTrainConfig) -> None:
         return
     if me.rank == 0:
         rundir.check_free(run)
-    inputs = check(config, me.size)
+    inputs, platform = check(config, me.size), resolve()
+    check_platform(config, platform)
     with contextlib.ExitStack() as stack:
         if me.rank == 0:
             stack.enter_context(rundir.lock(run))
-        platform = resolve()
         stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed))
         log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
         _train(config, inputs, platform, run)
@@ -112,6 +113,7 @@ def check(config: MidTrainConfig, world_size: int) -> Inputs:
     run = rundir.run_folder(config.name)
     rundir.check_config(run, to_dict(config), fix=FIX, may_differ=MAY_DIFFER)
     mixture = read_mixture(config.data, model_vocab_size=config.model.vocab_size)
+    mix.check_repeats(mix.plan(config.data, available=mixture.tokens, train_tokens=config.budget.train_tokens))
     resumed = latest_save(run)
     if resumed is not None:  # the start is behind it: its folder may be gone
         return Inputs(plan=plan, mixture=mixture, start_folder=None, parent=lineage.read(resumed).parent)
@@ -122,11 +124,25 @@ def check(config: MidTrainConfig, world_size: int) -> Inputs:
     return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=lineage.read_if_present(folder))
 
 
+def check_platform(config: MidTrainConfig, platform: Platform) -> None:
+    """Refuse what this machine's layers cannot do; changes nothing.
+
+    Raises:
+        BadInput: context parallelism without Transformer Engine.
+    """
+    if config.parallel.context > 1 and platform.layer_family != "transformer_engine":
+        raise BadInput(
+            f"parallel.context {config.parallel.context}, but this machine runs on {platform.describe()}",
+            fix="set parallel.context to 1; context parallelism needs a GPU and Transformer Engine",
+        )
+
+
 def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path) -> None:
     """The stage, inside its process group."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     plan, here = inputs.plan, place()
+    cut = not config.data.across_documents  # then every stage finds the documents' borders in the tokens
     if here.is_source:
         _write_records(config, inputs, platform, run)
 
@@ -140,7 +156,7 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
         seq_length=config.data.seq_length,
         seed=config.data.shuffle_seed,
         cache=index,
-        reads_data=here.reads_data,
+        reads_data=here.reads_data or cut,
     )
     if here.is_source:
         rundir.mark_done(index)
@@ -151,6 +167,7 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
         micro_batch_sequences=config.budget.micro_batch_sequences,
         num_micro_batches=plan.num_micro_batches,
         device=platform.device,
+        cut_after=inputs.mixture.eos_id if cut else None,
     )
     order = source_order(dataset, inputs.mixture) if here.is_source else None
 

@@ -15,6 +15,7 @@ from megatron_octo.train.distributed import bare, mean_loss
 
 if TYPE_CHECKING:
     import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
 
     from megatron_octo.config.train import MidTrainConfig
     from megatron_octo.data.loader import Loader
@@ -25,7 +26,7 @@ class StepResult:
     """What a step says of itself, the same on all ranks."""
 
     loss: float
-    """Mean over the step's tokens, before the update."""
+    """Mean over the step's tokens that count, before the update; 0 if none does."""
     grad_norm: float
     """Global norm before clipping."""
 
@@ -48,13 +49,14 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     batches = [loader.step(consumed_sequences) for _ in wrapped]
+    cut, rows = not config.data.across_documents, config.budget.micro_batch_sequences
     parts = schedule(
-        forward_step_func=forward_step,
+        forward_step_func=functools.partial(forward_step, cut=cut),
         data_iterator=batches if len(wrapped) > 1 else batches[0],
         model=list(wrapped) if len(wrapped) > 1 else wrapped[0],
         num_microbatches=loader.num_micro_batches,
-        seq_length=config.data.seq_length,
-        micro_batch_size=config.budget.micro_batch_sequences,
+        seq_length=config.data.seq_length * (rows if cut else 1),  # cut, a micro-batch is one row
+        micro_batch_size=1 if cut else rows,
         forward_only=False,
     )
     loss = mean_loss(parts, loader.device)
@@ -67,13 +69,26 @@ def train_step(
     return StepResult(loss=loss, grad_norm=float(grad_norm))
 
 
-def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """A forward pass of one chunk, in the form that megatron's schedules call: (output, its loss function)."""
+def forward_step(
+    batches: Iterator[dict[str, torch.Tensor]], model: Any, *, cut: bool = False
+) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """A forward pass of one chunk, in the form that megatron's schedules call: (output, its loss function).
+
+    Args:
+        batches: from a Loader.
+        model: the chunk, wrapped.
+        cut: whether the batches are cut at documents.
+    """
     chunk = bare(model)
-    if not (chunk.pre_process or chunk.post_process):  # a stage in the middle gets its input from the one before
+    in_the_middle = not (chunk.pre_process or chunk.post_process)  # its input comes from the stage before
+    if in_the_middle and not cut:
         return model(None, None, None), loss_sum
-    batch = _context_share(next(batches), chunk.config)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    batch = next(batches)
+    packing = packed_sequences(batch) if cut else None
+    if in_the_middle:
+        return model(None, None, None, packed_seq_params=packing), loss_sum
+    batch = _context_share(batch, chunk.config)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packing)
     return output, functools.partial(loss_sum, loss_mask=batch["loss_mask"])
 
 
@@ -89,6 +104,20 @@ def loss_sum(losses: torch.Tensor, *, loss_mask: torch.Tensor) -> tuple[torch.Te
     total = (losses.float() * loss_mask).sum()
     tokens = loss_mask.sum()
     return total, tokens.int(), torch.stack([total.detach(), tokens]).double()
+
+
+def packed_sequences(batch: dict[str, torch.Tensor]) -> PackedSeqParams:
+    """The documents' borders as every attention layer takes them; rotary positions are counted from them too."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    borders, longest = batch["cu_seqlens"], int(batch["max_seqlen"])
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=longest,  # exact: megatron takes rotary tables as long as the row for positions not counted anew
+        max_seqlen_kv=longest,
+    )
 
 
 def _context_share(batch: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:

@@ -147,7 +147,7 @@ def bf16(folder: Path, name: str) -> MidTrainConfig:
 def uniform_stage(data: Path, name: str, *, steps: int) -> MidTrainConfig:
     """A stage on the data set of equal sequences."""
     config = stage(data, name, steps=steps, save_every=5)
-    sources = (SourceConfig(name="uniform", path=data / "uniform", weight=1.0),)
+    sources = (SourceConfig(name="uniform", path=data / "uniform", weight=1.0, max_epochs=1e9),)
     return replace(config, start=FromScratch(), data=replace(config.data, sources=sources))
 
 

@@ -107,3 +107,9 @@ def test_a_recipe_that_fails_is_bad_input_with_its_reason(tmp_path):
     path.write_text("def m(:\n")
     with pytest.raises(BadInput, match="SyntaxError"):
         load_recipe(f"{path}:m", ModelConfig)
+
+
+def test_context_parallelism_does_not_cut_at_documents(stable):
+    context = replace(stable, parallel=ParallelConfig(context=2))
+    with pytest.raises(SettingsError, match=r"across_documents is off with parallel\.context 2"):
+        replace(context, data=replace(context.data, across_documents=False))

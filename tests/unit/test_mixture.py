@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_octo.config.data import MixtureConfig
+from megatron_octo.data.manifest import read_manifest, write_manifest
 from megatron_octo.data.mixture import read_mixture
 from megatron_octo.errors import BadInput
 from tests.prepared import VOCAB, stage, write_data, write_source, write_tokenizer
@@ -47,3 +50,56 @@ def test_a_source_of_another_tokenizer_is_refused(data):
     mixed = replace(config, sources=(config.sources[0], replace(config.sources[1], path=data / "c")))
     with pytest.raises(BadInput, match=r"c was prepared with another tokenizer"):
         read_mixture(mixed, model_vocab_size=VOCAB)
+
+
+def _first(data: Path, **changes: Any) -> MixtureConfig:
+    config = stage(data, "x").data
+    return replace(config, sources=(replace(config.sources[0], **changes), *config.sources[1:]))
+
+
+def _change_manifest(folder: Path, **changes: Any) -> None:
+    write_manifest(folder, replace(read_manifest(folder), **changes))
+
+
+@pytest.fixture
+def marked(data: Path) -> Path:
+    """The prepared data of `stage`, source a with marks."""
+    shards = read_manifest(data / "a").shards
+    for shard in shards:
+        (data / "a" / f"{shard.prefix}.loss").write_bytes(bytes(shard.tokens))
+    _change_manifest(data / "a", shards=tuple(replace(shard, loss_sha256="0") for shard in shards))
+    return data
+
+
+def test_shards_say_which_tokens_count(marked):
+    mixture = read_mixture(_first(marked, loss="answers"), model_vocab_size=VOCAB)
+    assert [shard.loss for shard in mixture.shards] == ["answers", "answers", "all", "all"]
+
+
+def test_loss_on_answers_without_marks_is_refused(data):
+    with pytest.raises(BadInput, match=r"source a has loss 'answers'.*lacks.*00000\.loss\n.*mark_answers"):
+        read_mixture(_first(data, loss="answers"), model_vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"1")])
+def test_damaged_marks_are_refused(damage, marked):
+    damage(marked / "a" / "00001.loss")
+    read_mixture(_first(marked), model_vocab_size=VOCAB)  # nothing reads them
+    with pytest.raises(BadInput, match=r"00001\.loss"):
+        read_mixture(_first(marked, loss="answers"), model_vocab_size=VOCAB)
+
+
+def test_one_data_set_with_both_kinds_of_loss_is_refused(marked):
+    config = stage(marked, "x").data
+    a, b = config.sources
+    twice = replace(config, sources=(a, replace(b, path=a.path, loss="answers")))
+    with pytest.raises(BadInput, match=r"a is in data\.sources with loss 'all' and with loss 'answers'"):
+        read_mixture(twice, model_vocab_size=VOCAB)
+
+
+def test_documents_without_an_end_cannot_be_cut(data):
+    _change_manifest(data / "b", eos=False)
+    config = stage(data, "x").data
+    read_mixture(config, model_vocab_size=VOCAB)
+    with pytest.raises(BadInput, match=r"across_documents is off, but the documents of .*b do not end.*\n.*eos"):
+        read_mixture(replace(config, across_documents=False), model_vocab_size=VOCAB)
