@@ -39,9 +39,9 @@ def main() -> None:
     options.add_argument("--text", type=Path, nargs="+", required=True, help="JSON lines with a `text` column")
     options.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer.json")
     options.add_argument("--workers", type=int, default=2)
-    options.add_argument("--sample-mb", type=int, default=100, help="text that both sides read")
+    options.add_argument("--sample-mb", type=int, default=200, help="text that both sides read")
     options.add_argument("--large-mb", type=int, default=2000, help="text on which memory is measured")
-    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--repeats", type=int, default=1)
     options.add_argument("--json", action="store_true", help="accepted; the output is JSON anyway")
     own = options.parse_args()
     with tempfile.TemporaryDirectory() as name:
