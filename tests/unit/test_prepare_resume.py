@@ -148,11 +148,9 @@ def test_a_file_that_changes_while_it_is_read_is_found(config, inputs, tmp_path,
 
 def test_a_full_disk_keeps_the_finished_shards_and_a_rerun_goes_on(config, whole, tmp_path):
     write_json(tmp_path / "config.json", to_dict(config))
-    # the largest file that a process may write: the limit hits in the middle of a shard's .bin
-    limited = "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4100, 4100)); "
+    # the largest file that a process may write: after some shards progress.json reaches it
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); "
     code = limited + "from megatron_octo.cli.app import main; sys.exit(main(sys.argv[1:]))"
-    config = replace(config, shard_tokens=2500)
-    write_json(tmp_path / "config.json", to_dict(config))
     done = subprocess.run(
         [sys.executable, "-c", code, "data", "prepare", str(tmp_path / "config.json")],
         cwd=REPOSITORY,
@@ -164,6 +162,9 @@ def test_a_full_disk_keeps_the_finished_shards_and_a_rerun_goes_on(config, whole
     assert done.returncode == 1, done.stderr
     assert "no room on the disk" in done.stderr
     assert "Traceback" not in done.stderr
+    assert finished(config) > 2
+    prepare(config, num_workers=2)
+    assert content(config.output) == whole
 
 
 def test_a_dead_worker_is_said_and_a_rerun_goes_on(config, whole, monkeypatch):
