@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_octo.config.data import PrepareConfig
 from megatron_octo.data.indexed import TokenType, token_type
-from megatron_octo.data.read import Piece, raw_record, records
+from megatron_octo.data.read import Piece, raw_records, records
 from megatron_octo.data.templates import BadRecord, Rendered, look_up, renderer
 from megatron_octo.data.tokenizer import Encoded, Tokenizer
 
@@ -82,6 +82,7 @@ def encoder(config: PrepareConfig, tokenizer: Tokenizer) -> Callable[[Piece], En
 
     def read(piece: Piece, out: EncodedPiece) -> list[_Text]:
         texts: list[_Text] = []
+        reasons: dict[int, str] = {}
         for number, record in records(piece):
             out.num_records += 1
             try:
@@ -96,11 +97,13 @@ def encoder(config: PrepareConfig, tokenizer: Tokenizer) -> Callable[[Piece], En
                     raise BadRecord(f"spells the control token {min(controls)}")
                 name = _name(look_up(record, config.id_column)) if config.id_column else None
             except BadRecord as bad:
-                raw = raw_record(piece, number)[:LONGEST_RAW]
-                out.bad.append(Bad(number=number, reason=str(bad), raw=raw))
+                reasons[number] = str(bad)
                 continue
             out.control_texts.update(controls)
             texts.append(_Text(rendered, name, held_out(rendered.text)))
+        raw = raw_records(piece, list(reasons), LONGEST_RAW)
+        for (number, reason), record in zip(reasons.items(), raw, strict=True):
+            out.bad.append(Bad(number=number, reason=reason, raw=record))
         return texts
 
     def documents(texts: Sequence[_Text]) -> Documents:
@@ -149,7 +152,10 @@ def _count_controls(text: str, controls: Sequence[str], starts: set[str]) -> dic
 def _name(value: object) -> bytes:
     import orjson
 
-    return orjson.dumps(value)
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        raise BadRecord(f"the id is no JSON value but {type(value).__name__}") from None
 
 
 def _framed(

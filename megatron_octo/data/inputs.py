@@ -106,12 +106,15 @@ class HubFiles:
         release(self.hub[index], self._folder)
 
 
-def find_inputs(config: PrepareConfig, begun: Sequence[HubFile] = (), first: int = 0) -> Inputs:
+def find_inputs(
+    config: PrepareConfig, begun: Sequence[HubFile] = (), first: int = 0, *, token_bytes: int = 4
+) -> Inputs:
     """The files of a source; nothing is fetched yet.
 
     Args:
         begun: of the Hub's files, those that an earlier attempt read: the same are read on.
         first: index of the first that is still to be read.
+        token_bytes: length of an id in the shards.
 
     Raises:
         BadInput: there are none, they cannot be read by us, or the disk lacks room for them.
@@ -120,7 +123,8 @@ def find_inputs(config: PrepareConfig, begun: Sequence[HubFile] = (), first: int
         return LocalFiles(input_files(config.input))
     assert config.hub is not None
     files = begun or plan_downloads(config.hub)
-    check_access(config, files[first:], files_at_once=AT_ONCE)
+    written = sum(path.stat().st_size for path in config.output.glob("*.bin"))
+    check_access(config, files[first:], token_bytes=token_bytes, written_bytes=written, files_at_once=AT_ONCE)
     return HubFiles(files, downloads_folder(config))
 
 

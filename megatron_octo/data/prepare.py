@@ -30,6 +30,7 @@ from megatron_octo.data.indexed import token_type
 from megatron_octo.data.inputs import FileState, Inputs, find_inputs
 from megatron_octo.data.manifest import (
     PREPARE,
+    TOKEN_BYTES,
     FileRecord,
     Manifest,
     ShardRecord,
@@ -130,7 +131,11 @@ def is_prepared(config: PrepareConfig) -> bool:
     check_free(folder)
     check_config(folder, to_dict(config), fix="choose another output folder, or delete this one")
     if not is_done(folder):
-        if folder.exists() and not (folder / SETTINGS).exists() and any(p.name != LOCK for p in folder.iterdir()):
+        if (
+            folder.exists()
+            and not (folder / SETTINGS).exists()
+            and any(p.name != LOCK and p.suffix != ".tmp" for p in folder.iterdir())
+        ):
             raise BadInput(
                 f"output {folder} exists and no stage wrote it", fix="choose another output folder, or delete this one"
             )
@@ -165,7 +170,10 @@ def check(config: PrepareConfig) -> tuple[Tokenizer, Inputs]:
                 fix=f"set {name}=False, or name the token in tokenizer_config.json",
             )
     begun = read_settings(Progress, config.output / PROGRESS) if (config.output / PROGRESS).exists() else None
-    return tokenizer, find_inputs(config, begun.hub if begun else (), begun.file if begun else 0)
+    token_bytes = TOKEN_BYTES[token_type(tokenizer.vocab_size)]
+    return tokenizer, find_inputs(
+        config, begun.hub if begun else (), begun.file if begun else 0, token_bytes=token_bytes
+    )
 
 
 def _write(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs, num_workers: int) -> Manifest:

@@ -107,8 +107,11 @@ def records(piece: Piece) -> Iterator[tuple[int, Any]]:
     if piece.path.suffix in TABLES:
         import pyarrow
 
-        rows = pyarrow.ipc.open_stream(piece.data).read_all().to_pylist()
-        yield from enumerate(rows, piece.first)
+        table = pyarrow.ipc.open_stream(piece.data).read_all()
+        try:
+            yield from enumerate(table.to_pylist(), piece.first)
+        except UnicodeDecodeError:  # raised before the first row
+            yield from enumerate(map(_row, (table.slice(at, 1) for at in range(len(table)))), piece.first)
         return
     import orjson
 
@@ -121,11 +124,23 @@ def records(piece: Piece) -> Iterator[tuple[int, Any]]:
                 yield number, BadRecord("invalid UTF-8" if utf8 else f"malformed JSON: {error}")
 
 
-def raw_record(piece: Piece, number: int) -> str:
-    """A record as it stands in the file, for people to look at."""
+def _row(table: Any) -> Any:
+    """The one row of a table."""
+    try:
+        return table.to_pylist()[0]
+    except UnicodeDecodeError:
+        return BadRecord("invalid UTF-8")
+
+
+def raw_records(piece: Piece, numbers: Sequence[int], longest: int) -> list[str]:
+    """Some records as they stand in the file, for people to look at; cut after `longest` characters."""
+    if not numbers:
+        return []
     if piece.path.suffix in TABLES:
-        return repr(dict(records(piece))[number])
-    return piece.data.split(b"\n")[number - piece.first].decode(errors="replace")
+        rows = dict(records(piece))
+        return [repr(rows[number])[:longest] for number in numbers]
+    lines = piece.data.split(b"\n")
+    return [lines[number - piece.first][: 4 * longest].decode(errors="replace")[:longest] for number in numbers]
 
 
 def _is_utf8(line: bytes) -> bool:

@@ -30,6 +30,16 @@ def table(rows: list[dict[str, Any]], path: Path, *, kind: str = "parquet") -> N
         writer.write_table(made)
 
 
+def invalid_text(path: Path) -> None:
+    import pyarrow
+
+    text = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
+    with pyarrow.OSFile(str(path), "wb") as file:
+        made = pyarrow.table({"text": text})
+        with pyarrow.ipc.new_stream(file, made.schema) as writer:
+            writer.write_table(made)
+
+
 def torn_table(path: Path) -> None:
     table([{"text": "a" * 100}] * 100, path)
     path.write_bytes(path.read_bytes()[:-40])
@@ -70,6 +80,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "Parquet with nulls": ("a.parquet", lambda p: table([{"text": "a"}, {"text": None}], p), r"row 2: text is missing"),
     "Arrow without the column": ("a.arrow", lambda p: table([{"b": "a"}], p, kind="arrow"), r"has no column 'text'"),
     "no Arrow file": ("a.arrow", lambda p: p.write_bytes(GOOD), r"a\.arrow cannot be read"),
+    "Arrow with invalid UTF-8": ("a.arrow", invalid_text, r"row 2: invalid UTF-8"),
     "an unknown kind": ("a.docx", lambda p: p.write_bytes(GOOD), r"a\.docx is of no kind that can be read"),
     "a folder of something": ("a", lambda p: p.mkdir(), r"not one that `datasets` saved"),
     "a folder of splits": ("a", lambda p: saved_folder(p, "dataset_dict.json", splits=["x"]), r"splits: x"),

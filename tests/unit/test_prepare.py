@@ -104,6 +104,18 @@ def test_bad_records_are_left_out_and_written_with_their_reasons(config):
     assert "surrogate" in reasons[2]
 
 
+def test_a_piece_of_bad_records_costs_little_more_than_one_of_good_ones(config):
+    config.input.write_text(config.input.read_text() + '{"text": ""}\n' * 50_000)
+    manifest = prepare(replace(config, on_bad_record="skip", most_bad_share=0.9999))
+    assert manifest.rejected == 50_000  # within the test's time limit only if each is cut out once
+
+
+def test_what_a_kill_left_before_the_settings_were_written_is_no_obstacle(config):
+    config.output.mkdir(parents=True)
+    (config.output / ".config.json.123.tmp").write_text("{")
+    assert prepare(config).documents == 50
+
+
 def test_a_bad_record_stops_by_default_and_is_named(config, tmp_path):
     config = replace(with_broken_records(config), on_bad_record="stop")
     before = snapshot(tmp_path)
