@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,12 @@ def _preprocess(own: argparse.Namespace, key: str) -> None:
         eos=own.append_eod,
         shard_tokens=ONE_SHARD,
     )
+    rubbish = work.with_name(f"{work.name}.rubbish")
+    shutil.rmtree(rubbish, ignore_errors=True)
     manifest = prepare(config, num_workers=own.workers)
-    for ending in (".bin", ".idx"):  # the index last: a data set is there once both are
-        (work / f"{manifest.shards[0].prefix}{ending}").replace(prefix.with_name(f"{prefix.name}{ending}"))
-    shutil.rmtree(work)
+    for ending in (".bin", ".idx"):  # linked, not moved: killed between the two, a rerun finds both
+        target = prefix.with_name(f"{prefix.name}{ending}")
+        target.unlink(missing_ok=True)
+        os.link(work / f"{manifest.shards[0].prefix}{ending}", target)
+    work.replace(rubbish)  # whole or gone
+    shutil.rmtree(rubbish)

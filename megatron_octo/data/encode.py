@@ -14,6 +14,7 @@ from megatron_octo.data.indexed import TokenType, token_type
 from megatron_octo.data.read import Piece, raw_records, records
 from megatron_octo.data.templates import BadRecord, Rendered, look_up, renderer
 from megatron_octo.data.tokenizer import Encoded, Tokenizer
+from megatron_octo.errors import BadInput
 
 HASH_BYTES = 8
 LONGEST_RAW = 100_000  # characters of a bad record that are kept
@@ -78,6 +79,7 @@ def encoder(config: PrepareConfig, tokenizer: Tokenizer) -> Callable[[Piece], En
     begin = [tokenizer.bos_id] if config.bos and tokenizer.bos_id is not None else []
     end = [tokenizer.eos_id] if config.eos and tokenizer.eos_id is not None else []
     dtype, held_out = token_type(tokenizer.vocab_size), _held_out(config.validation_share)
+    borders = [index for index in (tokenizer.bos_id, tokenizer.eos_id) if index is not None]
     starts = {control[0] for control in tokenizer.controls}
 
     def read(piece: Piece, out: EncodedPiece) -> list[_Text]:
@@ -108,6 +110,7 @@ def encoder(config: PrepareConfig, tokenizer: Tokenizer) -> Callable[[Piece], En
 
     def documents(texts: Sequence[_Text]) -> Documents:
         encoded = tokenizer.encode_flat([each.rendered.text for each in texts])
+        _check_not_forged(encoded, borders, texts)
         ids, lengths = _framed(encoded, begin, end, dtype)
         marks = None
         if config.mark_answers:
@@ -147,6 +150,22 @@ def _count_controls(text: str, controls: Sequence[str], starts: set[str]) -> dic
     if not any(start in text for start in starts):  # nearly all texts
         return {}
     return {control: count for control in controls if (count := text.count(control))}
+
+
+def _check_not_forged(encoded: Encoded, borders: Sequence[int], texts: Sequence[_Text]) -> None:
+    """Refuse a tokenizer whose model holds its control tokens as words: it would end documents inside of texts.
+
+    Raises:
+        BadInput: a text became the id that begins or ends documents.
+    """
+    forged = np.flatnonzero(np.isin(encoded.ids, borders))
+    if len(forged):
+        number = int(np.searchsorted(encoded.offsets, forged[0], side="right")) - 1
+        raise BadInput(
+            f"the tokenizer gives the control id {int(encoded.ids[forged[0]])} for ordinary text, in "
+            f"{texts[number].rendered.text[:60]!r}",
+            fix="leave such records out (control_text='bad', on_bad_record='skip'), or use a byte-level tokenizer",
+        )
 
 
 def _name(value: object) -> bytes:
