@@ -46,7 +46,7 @@ def _launch(config: MidTrainConfig, num_ranks: int, argv: Sequence[str]) -> None
     """Refuse bad input here, where the exit code is ours to give, and start the ranks."""
     from megatron_octo import rundir
     from megatron_octo.launch.local import run_ranks
-    from megatron_octo.train.run import check, check_platform, finished
+    from megatron_octo.train.run import check, finished
 
     run = rundir.run_folder(config.name)
     if finished(config):
@@ -55,7 +55,8 @@ def _launch(config: MidTrainConfig, num_ranks: int, argv: Sequence[str]) -> None
     rundir.check_free(run)
     check(config, num_ranks)
     if config.parallel.context > 1:  # only then is torch worth its seconds here
+        from megatron_octo.model.build import check_platform
         from megatron_octo.platform import resolve
 
-        check_platform(config, resolve())
+        check_platform(config.parallel, resolve())
     run_ranks(["train", *argv], num_ranks)

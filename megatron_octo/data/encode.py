@@ -12,7 +12,7 @@ import numpy as np
 from megatron_octo.config.data import PrepareConfig
 from megatron_octo.data.indexed import TokenType, token_type
 from megatron_octo.data.read import Piece, raw_records, records
-from megatron_octo.data.templates import BadRecord, Rendered, look_up, renderer
+from megatron_octo.data.templates import BadRecord, Render, Rendered, look_up, renderer
 from megatron_octo.data.tokenizer import Encoded, Tokenizer
 from megatron_octo.errors import BadInput
 
@@ -68,14 +68,19 @@ class _Text:
     held_out: bool
 
 
-def encoder(config: PrepareConfig, tokenizer: Tokenizer) -> Callable[[Piece], EncodedPiece]:
-    """The function from a piece to what is made of it. It depends on nothing else, so any process may call it."""
-    render = renderer(
+def text_renderer(config: PrepareConfig) -> Render:
+    """The function from a source's records to their texts."""
+    return renderer(
         config.template,
         columns=config.columns,
         format_string=config.format_string,
         chat_models=config.chat_models,
     )
+
+
+def encoder(config: PrepareConfig, tokenizer: Tokenizer) -> Callable[[Piece], EncodedPiece]:
+    """The function from a piece to what is made of it. It depends on nothing else, so any process may call it."""
+    render = text_renderer(config)
     begin = [tokenizer.bos_id] if config.bos and tokenizer.bos_id is not None else []
     end = [tokenizer.eos_id] if config.eos and tokenizer.eos_id is not None else []
     dtype, held_out = token_type(tokenizer.vocab_size), _held_out(config.validation_share)

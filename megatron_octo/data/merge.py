@@ -12,10 +12,10 @@ from pathlib import Path
 from megatron_octo import console
 from megatron_octo.data.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from megatron_octo.data.prepare import VALIDATION
+from megatron_octo.data.shards import SHARD_FILES
 from megatron_octo.errors import BadInput
 from megatron_octo.rundir import new_folder
 
-ENDINGS = (".bin", ".idx", ".loss", ".ids")
 ALIKE = ("template", "bos", "eos", "dtype")
 
 
@@ -45,7 +45,7 @@ def merge(output: Path, folders: Sequence[Path], *, name: str) -> Manifest:
 
 
 def _take(folder: Path, shard: ShardRecord, out: Path, prefix: str) -> ShardRecord:
-    for ending in ENDINGS:
+    for ending in SHARD_FILES:
         source, target = folder / f"{shard.prefix}{ending}", out / f"{prefix}{ending}"
         if source.is_file():
             try:

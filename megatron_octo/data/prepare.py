@@ -24,7 +24,7 @@ import orjson
 from megatron_octo import console
 from megatron_octo.config.base import Settings, read_settings, to_dict
 from megatron_octo.config.data import PrepareConfig
-from megatron_octo.data.encode import Bad, EncodedPiece, encoder
+from megatron_octo.data.encode import Bad, EncodedPiece, encoder, text_renderer
 from megatron_octo.data.hub import HubFile
 from megatron_octo.data.indexed import token_type
 from megatron_octo.data.inputs import FileState, Inputs, find_inputs
@@ -39,9 +39,9 @@ from megatron_octo.data.manifest import (
     tokenizer_sha256,
     write_manifest,
 )
-from megatron_octo.data.read import Piece, pieces, records
-from megatron_octo.data.shards import ShardWriter
-from megatron_octo.data.templates import BadRecord, column_names, renderer
+from megatron_octo.data.read import TABLES, Piece, pieces, records
+from megatron_octo.data.shards import SHARD_FILES, ShardWriter
+from megatron_octo.data.templates import BadRecord, column_names
 from megatron_octo.data.tokenizer import Tokenizer, accelerated, load_tokenizer
 from megatron_octo.data.workers import default_workers, ordered
 from megatron_octo.errors import BadInput, OctoError
@@ -51,7 +51,6 @@ PROGRESS, REJECTED, SETTINGS = "progress.json", "rejected.jsonl", "config.json"
 VALIDATION = "validation_"
 SAMPLE_DOCUMENTS = 200
 JUDGED_RECORDS = 1000  # before that many, a share of bad ones says little
-SHARD_FILES = (".bin", ".idx", ".loss", ".ids")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 log = console.logger(__name__)
@@ -255,9 +254,7 @@ def _resume(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs) -> Prog
 
 def _sample(config: PrepareConfig, path: Path) -> list[str]:
     """Some texts of a file, on which tokenizers are compared."""
-    render = renderer(
-        config.template, columns=config.columns, format_string=config.format_string, chat_models=config.chat_models
-    )
+    render = text_renderer(config)
     texts: list[str] = []
     for piece in itertools.islice(pieces(path, columns=_columns(config), piece_bytes=config.piece_bytes), 4):
         for _, record in records(piece):
@@ -452,7 +449,7 @@ class _Shards:
             self._rejected.close()
 
     def _reject(self, bad: Bad, path: Path) -> None:
-        kind = "row" if path.suffix in (".parquet", ".arrow") else "line"
+        kind = "row" if path.suffix in TABLES else "line"
         if self._rejected is None:
             raise BadInput(
                 f"source {self._config.name}: {path}, {kind} {bad.number:,}: {bad.reason}",

@@ -12,6 +12,7 @@ from megatron_octo.data.indexed import IndexedWriter, TokenType
 from megatron_octo.data.manifest import ShardRecord
 
 LOSS, IDS = ".loss", ".ids"
+SHARD_FILES = (".bin", ".idx", LOSS, IDS)
 
 
 class ShardWriter:

@@ -65,6 +65,19 @@ def build_model(
     return model.cuda(torch.cuda.current_device()) if platform.device == "cuda" else model
 
 
+def check_platform(parallel: ParallelConfig, platform: Platform) -> None:
+    """Refuse a layout that this machine's layers cannot do; changes nothing.
+
+    Raises:
+        BadInput: context parallelism without Transformer Engine.
+    """
+    if parallel.context > 1 and platform.layer_family != "transformer_engine":
+        raise BadInput(
+            f"parallel.context {parallel.context} needs Transformer Engine, which is not here",
+            fix="set parallel.context to 1, or run where `octo doctor` finds Transformer Engine",
+        )
+
+
 def transformer_config(
     config: ModelConfig, *, platform: Platform, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> TransformerConfig:
@@ -77,11 +90,7 @@ def transformer_config(
     from megatron.core.transformer import TransformerConfig
 
     engine = platform.layer_family == "transformer_engine"
-    if parallel.context > 1 and not engine:
-        raise BadInput(
-            f"parallel.context {parallel.context} needs Transformer Engine, which is not here",
-            fix="set parallel.context to 1, or run where `octo doctor` finds Transformer Engine",
-        )
+    check_platform(parallel, platform)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision.dtype]
     interleaved = parallel.virtual_pipeline is not None
     return TransformerConfig(

@@ -24,6 +24,7 @@ from megatron_octo.data import mix
 from megatron_octo.data.loader import Loader, build_dataset, source_order
 from megatron_octo.data.mixture import Mixture, read_mixture
 from megatron_octo.errors import BadInput
+from megatron_octo.model.build import check_platform
 from megatron_octo.model.weights import check_shape, load_weights
 from megatron_octo.platform import resolve
 from megatron_octo.platform.process_group import model_parallel, world
@@ -82,7 +83,7 @@ def train(config: MidTrainConfig) -> None:
     if me.rank == 0:
         rundir.check_free(run)
     inputs, platform = check(config, me.size), resolve()
-    check_platform(config, platform)
+    check_platform(config.parallel, platform)
     with contextlib.ExitStack() as stack:
         if me.rank == 0:
             stack.enter_context(rundir.lock(run))
@@ -122,19 +123,6 @@ def check(config: MidTrainConfig, world_size: int) -> Inputs:
         return Inputs(plan=plan, mixture=mixture, start_folder=None, parent=None)
     check_shape(config.model, folder)
     return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=lineage.read_if_present(folder))
-
-
-def check_platform(config: MidTrainConfig, platform: Platform) -> None:
-    """Refuse what this machine's layers cannot do; changes nothing.
-
-    Raises:
-        BadInput: context parallelism without Transformer Engine.
-    """
-    if config.parallel.context > 1 and platform.layer_family != "transformer_engine":
-        raise BadInput(
-            f"parallel.context {config.parallel.context}, but this machine runs on {platform.describe()}",
-            fix="set parallel.context to 1; context parallelism needs a GPU and Transformer Engine",
-        )
 
 
 def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path) -> None:
