@@ -95,6 +95,8 @@ class ParallelConfig(Settings):
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather parameters while the next forward pass runs; needs the two options above."""
+    fsdp: bool = False
+    """Share weights and gradients too among data-parallel ranks (megatron-core's FSDP); needs GPUs."""
 
     def __post_init__(self) -> None:
         require_positive(self, "parallel.", "tensor", "pipeline", "context")
@@ -126,6 +128,31 @@ class PrecisionConfig(Settings):
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Format of weights and activations; the optimizer's copy is fp32 either way."""
+    fp8: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = "off"
+    """Format of the matrix products: FP8 with Transformer Engine's scales. delayed: a scale a tensor, from the
+    largest values of steps before; tensorwise: a scale a tensor, from its own; blockwise: a scale for each 128 x 128 of
+    a weight and 1 x 128 of an activation (Hopper); mxfp8: a scale for each 32 values (Blackwell)."""
+    fp8_weights: bool = False
+    """Keep the weights themselves in FP8, so that they are gathered and stored in half the bytes."""
+    bf16_first_layers: int = 0
+    """Under fp8: leave so many first layers in bf16."""
+    bf16_last_layers: int = 0
+    """Under fp8: leave so many last layers in bf16."""
+    fp8_emulation: bool = False
+    """Under fp8: round as the recipe does and multiply in the ordinary format: its numerics without its chip, slow."""
+    fp8_fallback: bool = False
+    """Where the machine lacks what `fp8` needs: train in bf16 and say so, rather than refuse."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeConfig(Settings):
+    """What is computed twice to save memory, or recorded once to save time; the result is the same."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations to compute again in the backward pass: none; those of attention, norms and SwiGLU, which are cheap;
+    or all of a layer."""
+    cuda_graphs: bool = False
+    """Record each layer's kernels once and replay them; needs a GPU and Transformer Engine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +190,8 @@ class MidTrainConfig(Settings):
     """How the ranks share the work."""
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
+    compute: ComputeConfig = ComputeConfig()
+    """Memory against time."""
     save: SaveConfig
     """Checkpoints."""
     log_every_steps: int = 10
