@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_octo import console
 from megatron_octo.errors import BadInput
-from megatron_octo.platform import vllm_cpu
+from megatron_octo.platform import vllm_cpu, vllm_heads
 from megatron_octo.rundir import read_json
 
 CPU_KV_CACHE_BYTES = 2**30
@@ -109,7 +109,9 @@ def _engine(model: Path, *, positions: int, seed: int) -> Any:
     """A vLLM engine of `model` for prompt and answer of together `positions` tokens."""
     from vllm import LLM
 
-    config = read_json(model / "config.json")
+    config, on_cpu = read_json(model / "config.json"), vllm_cpu.is_cpu_build()
+    if on_cpu:
+        vllm_heads.install()
     llm = LLM(
         model=str(model),
         # Left to itself vLLM turns float32 into bfloat16.
@@ -117,7 +119,7 @@ def _engine(model: Path, *, positions: int, seed: int) -> Any:
         max_model_len=positions,
         seed=seed,
         use_tqdm_on_load=False,
-        **(_cpu_settings(positions) if vllm_cpu.is_cpu_build() else {}),
+        **(_cpu_settings(positions) if on_cpu else {}),
     )
     return llm.llm_engine
 

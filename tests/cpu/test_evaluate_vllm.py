@@ -112,8 +112,6 @@ def _models(folder: Path) -> None:
     shape = LlamaConfig(
         hidden_size=64,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         intermediate_size=128,
         vocab_size=len(words),
         max_position_embeddings=POSITIONS,
@@ -123,8 +121,9 @@ def _models(folder: Path) -> None:
         eos_token_id=1,
         pad_token_id=0,
     )
-    for seed, name in enumerate(("a", "b")):
+    for seed, (name, heads) in enumerate({"a": 2, "b": 8}.items()):  # b's are 8 wide: narrower than vLLM knows
         torch.manual_seed(seed)
+        shape.update({"num_attention_heads": heads, "num_key_value_heads": heads // 2, "head_dim": 64 // heads})
         LlamaForCausalLM(shape).save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
 
