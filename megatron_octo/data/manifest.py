@@ -121,9 +121,9 @@ class Manifest(Settings):
 
     @property
     def identity(self) -> str:
-        """One hash over the shards that training reads: it changes when any of their bytes does."""
-        hashes = (f"{each.bin_sha256} {each.idx_sha256} {each.loss_sha256}\n" for each in self.shards)
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+        """One hash over all shards, those held out too: it changes when a byte does that training reads."""
+        parts = [(each.bin_sha256, each.idx_sha256, each.loss_sha256) for each in (*self.shards, *self.validation)]
+        return hashlib.sha256(repr((len(self.shards), parts)).encode()).hexdigest()
 
     def prefixes(self, folder: Path) -> list[Path]:
         """The shards' paths in `folder`, without .bin and .idx, as IndexedDataset takes them."""

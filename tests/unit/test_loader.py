@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_octo.data.loader import build_dataset, sequence_numbers
 from megatron_octo.data.mixture import read_mixture
-from tests.prepared import SEQ_LENGTH, VOCAB, stage, write_data, write_source
+from tests.prepared import SEQ_LENGTH, VOCAB, stage, write_data, write_documents
 
 
 def _global_batch(consumed: int, *, data_ranks: int, rows: int, batch: int) -> list[int]:
@@ -37,15 +37,20 @@ def test_ranks_take_turns_by_micro_batch():
 def test_an_index_of_data_that_were_prepared_anew_is_not_used(tmp_path):
     data, config = tmp_path / "data", stage(tmp_path / "data", "x").data
     write_data(data)
+    documents = [[3 + number % 60] * (5 + number) for number in range(40)]
+
+    def prepare_a(documents: list[list[int]]) -> None:
+        shutil.rmtree(data / "a")
+        write_documents(data / "a", data / "tokenizer", [documents], VOCAB)
 
     def sequences(cache) -> list[list[int]]:
         mixture = read_mixture(config, model_vocab_size=VOCAB)
         made = build_dataset(mixture, num_sequences=90, seq_length=SEQ_LENGTH, seed=1, cache=cache, reads_data=True)
         return [made[number]["tokens"].tolist() for number in range(90)]
 
+    prepare_a(documents)
     old, files = sequences(tmp_path / "kept"), sorted((tmp_path / "kept").iterdir())
     assert sequences(tmp_path / "kept") == old
     assert sorted((tmp_path / "kept").iterdir()) == files
-    shutil.rmtree(data / "a")
-    write_source(data / "a", data / "tokenizer", seed=5)
+    prepare_a(documents[::-1])  # as many tokens, so nothing else of the cache's key changes
     assert sequences(tmp_path / "kept") == sequences(tmp_path / "new") != old

@@ -57,6 +57,7 @@ def test_an_identity_changes_with_any_byte_that_training_reads(source):
     for field in ("bin_sha256", "idx_sha256", "loss_sha256"):
         assert replace(manifest, shards=(first, replace(second, **{field: "0"}))).identity != manifest.identity
     assert replace(manifest, shards=(second, first)).identity != manifest.identity
+    assert replace(manifest, validation=(first,)).identity != manifest.identity
     assert replace(manifest, rejected=5, packages=("megatron_octo 9",)).identity == manifest.identity
 
 
