@@ -1,14 +1,16 @@
 """The paper's corpora, one recipe a source: `octo data prepare recipes/corpora.py:megamath_web_pro`.
 
-OctoThinker, arXiv 2506.20512: Table 2 (stable stage), Table 5 (decay branches), section 3 (FineMath-4plus, ablation).
+OctoThinker, arXiv 2506.20512: Table 2 (stable stage), Table 5 (decay branches), section 3 (FineMath-4plus, ablation;
+MATH8K, the problems of reinforcement learning).
 
 Nobody has run these manifests yet: the Hub was out of reach when they were written. What each rests on is in
 `facts.source`, and what is only recalled, inferred or chosen by us is in `facts.unconfirmed`, a sentence each
 (`octo recipes show recipes/corpora.py:wildchat`). Revisions that are a hash were seen in public code or on a stored
 page of the Hub. A licence is that of the data set's page, not legal advice.
 
-A source goes to `$OCTO_RUNS/data/NAME`; its downloads lie beside it, a file or two at a time. Token counts are with
-Llama-3's tokenizer where the owner used that. Time: not yet measured.
+A source goes to `$OCTO_RUNS/data/NAME`; its downloads lie beside it, a file or two at a time, so that the disk needs
+room for less than `facts.download_bytes`, and for 4 bytes a token. Token counts are with Llama-3's tokenizer where the
+owner used that. Time: not yet measured.
 """
 
 from dataclasses import replace
@@ -27,6 +29,8 @@ MEGAMATH_SOURCE = (
     "licence, folders and revision: the data set's page as stored in 2025, and public code (marin-community/marin) "
     "that pins this revision; tokens: the card's table"
 )
+MEGAMATH_PARQUET_BYTES = 3.25
+"""Stored bytes a token: the page gives 1.12 TB for all at this revision; what is not code is that for 336.3B tokens."""
 MEGAMATH_OWNER = "The page has since been seen under IFM/MegaMath too; the Hub should forward the old name."
 
 NOT_RUN = "Nobody has prepared this corpus with this manifest yet."
@@ -53,10 +57,12 @@ def megamath_web_pro_max() -> PrepareConfig:
         CorpusFacts(
             licence="ODC-By on its page; the text is written by Llama-3.1-70B-Instruct, so Meta's terms hold as well",
             expected_tokens=73_800_000_000,
-            source="licence: the data set's page as stored in 2025; tokens: a digest of the paper (abstract: over 70B)",
+            download_bytes=round(73_800_000_000 * MEGAMATH_PARQUET_BYTES),
+            source="licence, and files at the top of the repository, 2.8 to 3.8 GB each: the data set's pages as "
+            "stored in 2025; tokens: a digest of the paper (abstract: over 70B)",
             unconfirmed=(
                 "The revision is abbreviated; that it is the newest is unknown.",
-                "Where the files lie is unknown: the pattern takes every .parquet of the repository.",
+                "download_bytes is an estimate: 3.25 bytes a token, as MegaMath's files have.",
                 "The column `text` is recalled; second-hand notes name it too.",
                 "The card asks readers to agree to cite; one later listing calls the set open.",
             ),
@@ -136,10 +142,13 @@ def dclm_baseline() -> PrepareConfig:
         ),
         CorpusFacts(
             licence="CC-BY-4.0",
-            source="licence and folders: the data set's page as stored; revision and file names: public code",
+            download_bytes=72_000_000_000,
+            source="licence, folders and files, most of 0.2 GB: the data set's pages as stored; revision and file "
+            "names: public code",
             unconfirmed=(
                 "Which part the paper used is not found. The stages read 22.0B tokens of it; the choice of one of "
                 "the hundred local shards is ours, about 40B tokens if the whole has 4T (recalled).",
+                "download_bytes is an estimate: 40B tokens of 1.8 bytes, packed.",
                 "File names end in .jsonl.zst in public code and in .jsonl.zstd on older pages; the pattern fits both.",
                 "The column `text` is recalled.",
             ),
@@ -179,7 +188,9 @@ def open_math_instruct_2() -> PrepareConfig:
         ),
         CorpusFacts(
             licence="CC-BY-4.0",
-            source="licence and files: the data set's pages as stored; revision and columns: public code that pins it",
+            download_bytes=7_580_906_397,
+            source="licence, files and size (13,972,791 rows): the data set's pages as stored; revision and columns: "
+            "public code that pins it",
             unconfirmed=(
                 "Which subset the paper used (1M, 2M, 5M or all 14M) is not found; all of it is our choice.",
                 "The number of its tokens is not found.",
@@ -230,7 +241,9 @@ def open_r1_math() -> PrepareConfig:
         CorpusFacts(
             licence="Apache-2.0",
             expected_tokens=1_050_000_000,
-            source="licence, folders and revision: the data set's page as stored; columns: public code",
+            download_bytes=2_151_000_000,
+            source="licence, folders, revision and files (10, their lengths in whole MB): the data set's pages as "
+            "stored; columns: public code",
             unconfirmed=(
                 "Which subset and which generations the paper used are not found. The first generation of `default` is "
                 "our choice: it may be wrong or cut off, as correctness_math_verify and is_reasoning_complete say.",
@@ -252,16 +265,44 @@ def am_deepseek_distilled() -> PrepareConfig:
         HubSource(repository="a-m-team/AM-DeepSeek-Distilled-40M", files=("math_r1_*.jsonl",)),
         CorpusFacts(
             licence="not stated where we could look; read the card before use",
-            source="file names and columns: public code that reads them",
+            download_bytes=40_000_000_000,
+            source="file names, columns and size: public code that reads them",
             unconfirmed=(
                 "The licence is unknown.",
                 "No revision was found to pin: `main` is read, and the manifest says at which commit.",
                 "Which part the paper used is not found; R1's answers to math, of all pass rates, are our choice.",
                 "That answers hold their own <think> block is inferred from public code that removes it.",
-                "A comment in public code says that these files take about 40 GB; their tokens are not found.",
+                "download_bytes is what a comment in public code says: about 40 GB. Their tokens are not found.",
             ),
         ),
         template="question_answer",  # question, line break, <think> block and answer as they stand
+    )
+
+
+def am_deepseek_r1_distilled_1_4m() -> PrepareConfig:
+    """Its smaller twin: questions of all kinds with DeepSeek-R1's answers, long chains of thought; in no mixture."""
+    return _corpus(
+        "am-deepseek-r1-distilled-1-4m",
+        HubSource(
+            repository="a-m-team/AM-DeepSeek-R1-Distilled-1.4M",
+            revision="53531c06634904118a2dcd83961918c4d69d1cdf",
+            files=("am_0.5M.jsonl.zst", "am_0.9M.jsonl.zst"),
+        ),
+        CorpusFacts(
+            licence="not stated where we could look; read the card before use",
+            download_bytes=9_500_000_000,
+            source="revision, file names and columns: the card as stored, and public code that reads them",
+            unconfirmed=(
+                "The licence is unknown.",
+                "download_bytes is an estimate: 1.4M answers of 4,500 tokens (our guess), packed to 1.5 bytes each.",
+                "Public code unpacks the files with a window of 2 GiB; what is read here has at most 128 MiB. Should "
+                "it stop there: `zstd -d --long=31`, and name the files with `input`.",
+                "That each record is one question and one answer, in this order, is inferred.",
+                "Mathematics is a part of it; which the paper would use, had it used this one, is not found.",
+            ),
+        ),
+        template="question_answer",  # question, line break, <think> and <answer> blocks as they stand
+        columns=(("question", "messages.0.content"), ("answer", "messages.1.content")),
     )
 
 
@@ -337,6 +378,33 @@ def ultrachat() -> PrepareConfig:
     )
 
 
+def math8k() -> PrepareConfig:
+    """8,523 problems with short answers, for reinforcement learning; in no mixture."""
+    return _corpus(
+        "math8k",
+        HubSource(
+            repository="alterego238/simplerl-math8k",
+            revision="10522bf",  # abbreviated; of the Hub's own conversion to Parquet
+            files=("default/train/0000.parquet",),
+        ),
+        CorpusFacts(
+            licence="not stated on its page; SimpleRL, whose set it is, is MIT",
+            expected_tokens=1_000_000,
+            download_bytes=3_660_000,
+            source="revision, file and size: the data set's page as stored; rows and columns: public code",
+            unconfirmed=(
+                "The licence is that of SimpleRL's repository, not of this page.",
+                "That the paper's MATH8K is this set is inferred: it thanks SimpleRL, and the number of problems fits.",
+                "The revision is abbreviated, and the Hub may convert anew and forget it.",
+                "expected_tokens is an estimate: 120 tokens a problem.",
+                "As a corpus it would teach the answers of what reinforcement learning asks.",
+            ),
+        ),
+        template="question_answer",
+        columns=(("question", "problem"),),
+    )
+
+
 def _megamath(
     name: str,
     *,
@@ -345,15 +413,16 @@ def _megamath(
     download_bytes: int | None = None,
     unconfirmed: tuple[str, ...] = (),
 ) -> PrepareConfig:
+    estimate = "download_bytes is an estimate: the 1.12 TB of all folders, shared out by tokens (3.25 bytes each)."
     return _corpus(
         f"megamath-{name}",
         HubSource(repository=MEGAMATH, revision=MEGAMATH_REVISION, files=(files,)),
         CorpusFacts(
             licence="ODC-By",
             expected_tokens=expected_tokens,
-            download_bytes=download_bytes,
+            download_bytes=download_bytes or round(expected_tokens * MEGAMATH_PARQUET_BYTES),
             source=MEGAMATH_SOURCE,
-            unconfirmed=(*unconfirmed, MEGAMATH_OWNER),
+            unconfirmed=(*unconfirmed, *(() if download_bytes else (estimate,)), MEGAMATH_OWNER),
         ),
         template="text",
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_octo.config.data import MixtureConfig, SourceConfig
+from megatron_octo.config.data import MixtureConfig, PrepareConfig, SourceConfig
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.schedule import ConstantRate
 from megatron_octo.config.train import (
@@ -86,20 +86,19 @@ def write_documents(folder: Path, tokenizer: Path, shards: list[list[list[int]]]
                 prefix=f"{number:05d}",
                 documents=writer.documents,
                 tokens=writer.tokens,
-                bin_sha256="",
-                idx_sha256="",
+                bin_sha256=writer.bin_sha256,
+                idx_sha256=writer.idx_sha256,
             )
         )
-    record = TokenizerRecord(
-        path=tokenizer, sha256=tokenizer_sha256(tokenizer), vocab_size=vocab_size, bos_id=None, eos_id=EOS
+    record = TokenizerRecord(sha256=tokenizer_sha256(tokenizer), vocab_size=vocab_size, bos_id=None, eos_id=EOS)
+    config = PrepareConfig(
+        name=folder.name, input=Path("x.jsonl"), template="text", tokenizer=tokenizer, output=Path(), bos=False
     )
     write_manifest(
         folder,
         Manifest(
-            name=folder.name,
-            template="text",
-            bos=False,
-            eos=True,
+            config=config,
+            packages=(),
             documents=sum(each.documents for each in records),
             tokens=sum(each.tokens for each in records),
             text_bytes=0,

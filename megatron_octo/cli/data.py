@@ -106,7 +106,7 @@ def _prepare(argv: Sequence[str]) -> None:
 
 def _summary(manifest: Manifest, output: Path) -> dict[str, Any]:
     return {
-        "source": manifest.name,
+        "source": manifest.config.name,
         "documents": manifest.documents,
         "tokens": manifest.tokens,
         "tokens_per_document": round(manifest.tokens / manifest.documents, 1),
@@ -208,10 +208,11 @@ def _documents(own: argparse.Namespace, manifest: Manifest) -> list[dict[str, An
     from megatron_octo.data.indexed import read_documents
     from megatron_octo.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(own.tokenizer or manifest.tokenizer.path)
+    path = own.tokenizer or manifest.config.tokenizer
+    tokenizer = load_tokenizer(path)
     if tokenizer.sha256 != manifest.tokenizer.sha256:
         raise BadInput(
-            f"data set {own.folder} was made with another tokenizer than {own.tokenizer or manifest.tokenizer.path}",
+            f"data set {own.folder} was made with another tokenizer than {path}",
             fix="give its tokenizer's folder (--tokenizer), or no text (--documents 0)",
         )
     ids: list[list[int]] = []

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_octo.console import duration, logger
-from megatron_octo.data.indexed import HEADER, MAGIC
+from megatron_octo.data.indexed import read_lengths
 from megatron_octo.errors import BadInput, OctoError
 
 Array = np.ndarray[Any, Any]
@@ -121,7 +121,7 @@ def _build(files: IndexFiles, order: IndexOrder, description: str) -> None:
 
     # The lengths are read twice, and the document index back from its file: memory holds two of the three arrays
     # that have an entry a document (these and order.documents), never all.
-    tokens = _sum_of_lengths(_lengths(order.prefix), order.documents)
+    tokens = _sum_of_lengths(read_lengths(order.prefix)[0], order.documents)
     epochs, first_samples = _epochs(tokens, order)
     size = epochs * len(order.documents)
     what = f"{order.prefix}: {len(order.documents):,} documents, {tokens:,} tokens, {epochs:,} epochs"
@@ -130,20 +130,10 @@ def _build(files: IndexFiles, order: IndexOrder, description: str) -> None:
     _write(documents, _document_index(order.documents, epochs, random, separate_last=first_samples is not None))
     total = _num_samples(epochs * tokens, order)
     with documents.open("rb") as file:
-        _write(samples, _sample_index(_lengths(order.prefix), file, size, total, order))
+        _write(samples, _sample_index(read_lengths(order.prefix)[0], file, size, total, order))
     _write(shuffled, _shuffle_index(total if first_samples is None else first_samples, total, random))
     _write(files.description, description.encode())
     log.info("built the sample index of %s, %s samples, in %s", what, f"{total:,}", duration(time.monotonic() - start))
-
-
-def _lengths(prefix: Path) -> Array:
-    """Tokens in each document of a shard, int32. Read, not mapped: they lie unaligned, and numpy copies what does."""
-    path = prefix.with_name(f"{prefix.name}.idx")
-    with path.open("rb") as file:
-        head = file.read(HEADER.size)
-        if len(head) < HEADER.size or not head.startswith(MAGIC):
-            raise BadInput(f"{path} is no index of Megatron's", fix="prepare the source again")
-        return np.fromfile(file, dtype=np.int32, count=HEADER.unpack(head)[3])
 
 
 def _sum_of_lengths(lengths: Array, documents: Array) -> int:

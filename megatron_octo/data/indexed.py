@@ -13,7 +13,7 @@ import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -82,18 +82,41 @@ class IndexedWriter:
 
     def _write_index(self) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
-        offsets = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
-        bounds = np.arange(len(lengths) + 1, dtype=np.int64)
-        header = HEADER.pack(MAGIC, VERSION, CODES[self._dtype.name], len(lengths), len(bounds))
         digest = hashlib.sha256()
         with self._prefix.with_name(f"{self._prefix.name}.idx").open("wb") as file:
-            for part in (header, lengths.tobytes(), offsets.tobytes(), bounds.tobytes()):
+            for part in index_parts(lengths, self._dtype):
                 file.write(part)
                 digest.update(part)
             file.flush()
             os.fsync(file.fileno())
         self.idx_sha256 = digest.hexdigest()
+
+
+def index_parts(lengths: np.ndarray, dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """What the .idx of documents of such int32 lengths holds: header, lengths, byte offsets, document bounds."""
+    yield HEADER.pack(MAGIC, VERSION, CODES[dtype.name], len(lengths), len(lengths) + 1)
+    yield lengths.tobytes()
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    yield np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)].tobytes()
+    yield np.arange(len(lengths) + 1, dtype=np.int64).tobytes()
+
+
+def read_lengths(prefix: Path, count: int | None = None) -> tuple[np.ndarray, np.dtype[Any]]:
+    """(int32 tokens of each document of a shard, or of the first `count`; the number format of its ids).
+
+    Read, not mapped: they lie unaligned in the .idx, and numpy copies what does.
+
+    Raises:
+        BadInput: the index is not one of these.
+    """
+    index = prefix.with_name(f"{prefix.name}.idx")
+    with index.open("rb") as file:
+        head = file.read(HEADER.size)
+        magic, version, code, documents, _ = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0, 0, 0, 0)
+        if (magic, version) != (MAGIC, VERSION) or code not in CODES.values():
+            raise BadInput(f"{index} is no index of Megatron's", fix="prepare the source again")
+        lengths = np.fromfile(file, np.int32, documents if count is None else min(count, documents))
+    return lengths, np.dtype({code: name for name, code in CODES.items()}[code])
 
 
 def read_documents(prefix: Path, count: int) -> list[list[int]]:
@@ -102,14 +125,7 @@ def read_documents(prefix: Path, count: int) -> list[list[int]]:
     Raises:
         BadInput: the index is not one of these.
     """
-    index = prefix.with_name(f"{prefix.name}.idx")
-    with index.open("rb") as file:
-        head = file.read(HEADER.size)
-        if len(head) < HEADER.size or not head.startswith(MAGIC):
-            raise BadInput(f"{index} is no index of Megatron's", fix="prepare the source again")
-        _, _, code, num_documents, _ = HEADER.unpack(head)
-        lengths = np.fromfile(file, dtype=np.int32, count=min(count, num_documents))
-    dtype: Any = {code: name for name, code in CODES.items()}[code]
-    ids = np.fromfile(prefix.with_name(f"{prefix.name}.bin"), dtype=dtype, count=int(lengths.sum()))
+    lengths, dtype = read_lengths(prefix, count)
+    ids = np.fromfile(prefix.with_name(f"{prefix.name}.bin"), dtype, int(lengths.sum()))
     ends = np.cumsum(lengths)
     return [ids[end - length : end].tolist() for length, end in zip(lengths, ends, strict=True)]

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_octo.config.base import Settings
 from megatron_octo.config.data import PrepareConfig
 from megatron_octo.data.hub import HubFile, check_access, downloads_folder, fetch, plan_downloads, release
-from megatron_octo.data.manifest import FileRecord
+from megatron_octo.data.manifest import FileRecord, FileState
 from megatron_octo.data.read import input_files
 from megatron_octo.errors import BadInput
 
 AT_ONCE = 2  # one is read, the next is fetched
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileState(Settings):
-    """A file as it was when reading began."""
-
-    path: Path
-    """Where it is; for a file of the Hub its name there."""
-    size_bytes: int
-    modified_ns: int
-    """0 for a file of the Hub, whose commit says what it holds."""
 
 
 class Inputs(Protocol):
@@ -56,7 +43,7 @@ class LocalFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
         self.hub: tuple[HubFile, ...] = ()
-        self.states = tuple(map(_state, paths))
+        self.states = tuple(map(file_state, paths))
 
     def open(self, index: int) -> Path:
         """See Inputs."""
@@ -69,7 +56,7 @@ class LocalFiles:
     def close(self, index: int) -> None:
         """See Inputs."""
         path = self._paths[index]
-        if not path.exists() or _state(path) != self.states[index]:
+        if not path.exists() or file_state(path) != self.states[index]:
             raise BadInput(
                 f"{path} changed while it was read", fix="let what writes it end; delete the output and begin again"
             )
@@ -95,10 +82,8 @@ class HubFiles:
 
     def known(self, index: int) -> FileRecord | None:
         """See Inputs."""
-        file = self.hub[index]
-        if file.sha256 is None:
-            return None
-        return FileRecord(path=self.states[index].path, size_bytes=file.size_bytes, sha256=file.sha256)
+        sha256 = self.hub[index].sha256
+        return FileRecord(file=self.states[index], sha256=sha256) if sha256 else None
 
     def close(self, index: int) -> None:
         """See Inputs."""
@@ -128,7 +113,8 @@ def find_inputs(
     return HubFiles(files, downloads_folder(config))
 
 
-def _state(path: Path) -> FileState:
+def file_state(path: Path) -> FileState:
+    """A file of this machine as it is now."""
     stat = path.stat()
     return FileState(path=path, size_bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
 

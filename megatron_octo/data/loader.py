@@ -126,4 +126,5 @@ class _TokenizerIdentity:
         self.vocab_size = mixture.vocab_size
         self.eod = mixture.eos_id
         self.pad = -1  # no id: packed sequences have no padding
-        self.unique_identifiers = {"sha256": mixture.tokenizer_sha256}  # a part of the index cache's key
+        # a part of the index cache's key: an index of data that was prepared anew is another one
+        self.unique_identifiers = {"tokenizer": mixture.tokenizer_sha256, "data": mixture.identities}

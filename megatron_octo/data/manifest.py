@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_octo.config.base import Settings, read_settings, require, to_dict
-from megatron_octo.config.data import Template
+from megatron_octo.config.data import PrepareConfig
 from megatron_octo.errors import BadInput
 from megatron_octo.rundir import is_done, sha256, write_json
 
@@ -22,13 +22,22 @@ PREPARE = "run `octo data prepare RECIPE` with the recipe that holds this source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FileState(Settings):
+    """A text file as it was when reading began."""
+
+    path: Path
+    """Where it is; for a file of the Hub its name there."""
+    size_bytes: int
+    """Its length, as stored (compressed, if it is)."""
+    modified_ns: int
+    """When it was last written; 0 for a file of the Hub, whose commit says what it holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord(Settings):
     """A text file that was read."""
 
-    path: Path
-    """Where it was."""
-    size_bytes: int
-    """Its length, as stored (compressed, if it is)."""
+    file: FileState
     sha256: str
     """Hash of its bytes, as stored."""
 
@@ -37,10 +46,8 @@ class FileRecord(Settings):
 class TokenizerRecord(Settings):
     """The tokenizer that made the ids."""
 
-    path: Path
-    """Its folder, when the data set was prepared."""
     sha256: str
-    """`tokenizer_sha256` of that folder: what two data sets must share to be mixed."""
+    """`tokenizer_sha256` of it: what two data sets must share to be mixed."""
     vocab_size: int
     """Ids are below this."""
     bos_id: int | None
@@ -73,16 +80,13 @@ class ShardRecord(Settings):
 class Manifest(Settings):
     """A prepared data set: what is in it and what it was made from."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     """Version of this file's format."""
-    name: str
-    """The source's name."""
-    template: Template
-    """How a record became text."""
-    bos: bool
-    """Whether documents begin with the beginning-of-text id."""
-    eos: bool
-    """Whether documents end with the end-of-text id."""
+    config: PrepareConfig
+    """The settings that made it, its `output` being the folder of this file (`.`); where several data sets were
+    merged, those of the first, which only say for the first where its records were."""
+    packages: tuple[str, ...]
+    """What wrote it and what encoded, with their versions: more than two where an upgrade or a merge came between."""
     documents: int
     """Documents in all shards."""
     tokens: int
@@ -111,9 +115,15 @@ class Manifest(Settings):
             total, parts = getattr(self, field), sum(getattr(shard, field) for shard in self.shards)
             require(
                 total == parts,
-                f"manifest of {self.name}: {total:,} {field}, but {parts:,} in its shards",
+                f"manifest of {self.config.name}: {total:,} {field}, but {parts:,} in its shards",
                 fix=f"{PREPARE}; the file was changed by hand",
             )
+
+    @property
+    def identity(self) -> str:
+        """One hash over all shards, those held out too: it changes when a byte does that training reads."""
+        parts = [(each.bin_sha256, each.idx_sha256, each.loss_sha256) for each in (*self.shards, *self.validation)]
+        return hashlib.sha256(repr((len(self.shards), parts)).encode()).hexdigest()
 
     def prefixes(self, folder: Path) -> list[Path]:
         """The shards' paths in `folder`, without .bin and .idx, as IndexedDataset takes them."""

@@ -8,25 +8,44 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_octo import console
+from megatron_octo.config.base import to_dict
 from megatron_octo.data.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from megatron_octo.data.prepare import VALIDATION
 from megatron_octo.data.shards import SHARD_FILES
 from megatron_octo.errors import BadInput
-from megatron_octo.rundir import new_folder
+from megatron_octo.rundir import differences, new_folder
 
-ALIKE = ("template", "bos", "eos", "dtype")
+# settings that say where records are, where pieces and shards end, or what stops: they change no document
+MAY_DIFFER = (
+    "name",
+    "input",
+    "hub",
+    "facts",
+    "output",
+    "on_bad_record",
+    "most_bad_share",
+    "piece_bytes",
+    "shard_tokens",
+)
 
 
 def merge(output: Path, folders: Sequence[Path], *, name: str) -> Manifest:
     """Write `output` from the shards of `folders`, in their order. On one file system the files are linked, not copied.
 
     Raises:
-        BadInput: a folder holds no whole data set, they were prepared differently, or `output` exists.
+        BadInput: a folder holds no whole data set or is named twice, they were prepared differently, or `output`
+            exists.
     """
     if output.exists():
         raise BadInput(f"output {output} exists", fix="choose another folder, or delete this one")
+    for folder, count in Counter(folder.resolve() for folder in folders).items():
+        if count > 1:
+            raise BadInput(
+                f"{folder} is named {count} times", fix="name it once; a recipe's weights say what is read how often"
+            )
     manifests = [read_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         _check_alike(folders[0], manifests[0], folder, manifest)
@@ -63,7 +82,8 @@ def _merged(
         controls.update(dict(each.control_texts))
     return replace(
         manifests[0],
-        name=name,
+        config=replace(manifests[0].config, name=name),
+        packages=tuple(sorted({package for each in manifests for package in each.packages})),
         documents=sum(each.documents for each in manifests),
         tokens=sum(each.tokens for each in manifests),
         text_bytes=sum(each.text_bytes for each in manifests),
@@ -77,13 +97,14 @@ def _merged(
 
 
 def _check_alike(first: Path, one: Manifest, folder: Path, other: Manifest) -> None:
-    pairs = [(field, getattr(one, field), getattr(other, field)) for field in ALIKE]
-    pairs.append(("tokenizer", one.tokenizer.sha256[:12], other.tokenizer.sha256[:12]))
-    marked, others = (all(shard.loss_sha256 for shard in each.shards) for each in (one, other))
-    pairs.append(("mark_answers", marked, others))
-    differing = [f"{field} {a!r} and {b!r}" for field, a, b in pairs if a != b]
-    if differing:
+    found = [each for each in differences(_settings(one), _settings(other)) if each[0].split(".")[0] not in MAY_DIFFER]
+    if found:
         raise BadInput(
-            f"{first} and {folder} were prepared differently: {'; '.join(differing)}",
+            f"{first} and {folder} were prepared differently: {'; '.join(f'{n} {a!r} and {b!r}' for n, a, b in found)}",
             fix="prepare them with the same settings; different sources are mixed by a recipe, not merged",
         )
+
+
+def _settings(manifest: Manifest) -> dict[str, Any]:
+    """What it was made with; of the tokenizer, what it is and not where it was."""
+    return {**to_dict(manifest.config), "tokenizer": to_dict(manifest.tokenizer)}

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import orjson
@@ -27,11 +28,12 @@ from megatron_octo.config.data import PrepareConfig
 from megatron_octo.data.encode import Bad, EncodedPiece, encoder, text_renderer
 from megatron_octo.data.hub import HubFile
 from megatron_octo.data.indexed import token_type
-from megatron_octo.data.inputs import FileState, Inputs, find_inputs
+from megatron_octo.data.inputs import Inputs, file_state, find_inputs
 from megatron_octo.data.manifest import (
     PREPARE,
     TOKEN_BYTES,
     FileRecord,
+    FileState,
     Manifest,
     ShardRecord,
     TokenizerRecord,
@@ -39,7 +41,7 @@ from megatron_octo.data.manifest import (
     tokenizer_sha256,
     write_manifest,
 )
-from megatron_octo.data.read import TABLES, Piece, pieces, records
+from megatron_octo.data.read import TABLES, Piece, input_files, pieces, records
 from megatron_octo.data.shards import SHARD_FILES, ShardWriter
 from megatron_octo.data.templates import BadRecord, column_names
 from megatron_octo.data.tokenizer import Tokenizer, accelerated, load_tokenizer
@@ -82,6 +84,8 @@ class Progress(Settings):
     control_texts: tuple[tuple[str, int], ...] = ()
     rejected_bytes: int = 0
     """Length of rejected.jsonl."""
+    packages: tuple[str, ...] = ()
+    """What wrote the shards, with versions."""
 
 
 def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Manifest:
@@ -121,7 +125,7 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Manifes
 def is_prepared(config: PrepareConfig) -> bool:
     """Whether the output is there, made with these settings, this tokenizer and this input; changes nothing.
 
-    The input may be gone by now; one that is still there must have its old length.
+    The input may be gone by now; what is still there must be what it was.
 
     Raises:
         BadInput: it was made otherwise, or another process is making it.
@@ -145,14 +149,36 @@ def is_prepared(config: PrepareConfig) -> bool:
             f"prepared data set {folder} was made with another tokenizer than {config.tokenizer} holds now",
             fix=f"delete it and {PREPARE}",
         )
-    for source in manifest.sources:
-        if source.path.exists() and source.path.stat().st_size != source.size_bytes:
-            raise BadInput(
-                f"prepared data set {folder} was made from {source.path} when that had {source.size_bytes:,} "
-                f"bytes; it has {source.path.stat().st_size:,} now",
-                fix=f"delete it and {PREPARE}",
-            )
+    _check_inputs(config, manifest)
     return True
+
+
+def _check_inputs(config: PrepareConfig, manifest: Manifest) -> None:
+    """Refuse a finished data set if a file of its input is new, or holds something else than it did.
+
+    Only a file whose time of writing changed is hashed.
+
+    Raises:
+        BadInput: so it is.
+    """
+    records = {each.file.path: each for each in manifest.sources}
+    if config.input is None or not any(path.exists() for path in records):
+        return
+    for path in input_files(config.input):
+        state, record = file_state(path), records.get(path)
+        if record is None:
+            what = f"{path} is new"
+        elif state == record.file:
+            continue
+        else:
+            log.info("prepare %s: %s was written again; comparing its hash", config.name, path)
+            if state.size_bytes == record.file.size_bytes and sha256(path) == record.sha256:
+                continue
+            what = f"{path} holds something else"
+        raise BadInput(
+            f"{what} since {config.output} was prepared from it",
+            fix=f"delete {config.output} and {PREPARE}; or choose another output",
+        )
 
 
 def check(config: PrepareConfig) -> tuple[Tokenizer, Inputs]:
@@ -182,6 +208,7 @@ def _write(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs, num_work
     # the workers are the parallelism; a library's own threads would not survive their fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = accelerated(tokenizer, _sample(config, inputs.open(progress.file)))
+    progress = replace(progress, packages=tuple(sorted({*progress.packages, *_packages(tokenizer)})))
     with ThreadPoolExecutor(1) as hashing:
         # its thread begins with the first file, after the workers have been forked
         reading = _Reading(config, inputs, progress, hashing)
@@ -212,6 +239,10 @@ def _write(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs, num_work
         f"{(manifest.tokens - sum(s.tokens for s in progress.shards)) / seconds:,.0f}",
     )
     return manifest
+
+
+def _packages(tokenizer: Tokenizer) -> tuple[str, ...]:
+    return tuple(f"{name} {metadata.version(name)}" for name in ("megatron_octo", tokenizer.engine))
 
 
 def _save(folder: Path, progress: Progress) -> None:
@@ -296,7 +327,7 @@ class _Reading:
         self._inputs, self._progress, self._hashing = inputs, progress, hashing
         self._columns, self._piece_bytes = _columns(config), config.piece_bytes
         self._places: list[_Place] = []
-        self._known = {each.path: each for each in progress.hashed}
+        self._known = {each.file.path: each for each in progress.hashed}
         self._pending: dict[Path, Future[str]] = {}
         self.total_bytes = sum(each.size_bytes for each in progress.files[progress.file :])
 
@@ -352,7 +383,7 @@ class _Reading:
         self._inputs.close(index)
 
     def _know(self, state: FileState, digest: str) -> None:
-        self._known[state.path] = FileRecord(path=state.path, size_bytes=state.size_bytes, sha256=digest)
+        self._known[state.path] = FileRecord(file=state, sha256=digest)
 
 
 class _Shards:
@@ -463,10 +494,8 @@ class _Shards:
 
 def _manifest(config: PrepareConfig, tokenizer: Tokenizer, done: Progress) -> Manifest:
     return Manifest(
-        name=config.name,
-        template=config.template,
-        bos=config.bos,
-        eos=config.eos,
+        config=replace(config, output=Path()),
+        packages=done.packages,
         documents=sum(shard.documents for shard in done.shards),
         tokens=sum(shard.tokens for shard in done.shards),
         text_bytes=done.text_bytes,
@@ -475,7 +504,6 @@ def _manifest(config: PrepareConfig, tokenizer: Tokenizer, done: Progress) -> Ma
         control_texts=done.control_texts,
         dtype=token_type(tokenizer.vocab_size),
         tokenizer=TokenizerRecord(
-            path=config.tokenizer,
             sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,

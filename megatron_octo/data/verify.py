@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_octo import console
 from megatron_octo.config.base import read_settings
-from megatron_octo.data.indexed import CODES, HEADER, MAGIC, VERSION
+from megatron_octo.data.indexed import HEADER, index_parts, read_lengths
 from megatron_octo.data.manifest import FILE, PREPARE, TOKEN_BYTES, Manifest, ShardRecord
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.rundir import is_done, sha256
@@ -30,7 +30,7 @@ def verify(folder: Path) -> Manifest:
     manifest = read_settings(Manifest, folder / FILE)
     shards = (*manifest.shards, *manifest.validation)
     found: list[str] = []
-    with console.meter(f"verify {manifest.name}", sum(shard.tokens for shard in shards)) as show:
+    with console.meter(f"verify {manifest.config.name}", sum(shard.tokens for shard in shards)) as show:
         for shard in shards:
             found += _wrong(folder, shard, manifest)
             show(shard.tokens, shard.prefix)
@@ -73,24 +73,24 @@ def _wrong(folder: Path, shard: ShardRecord, manifest: Manifest) -> Iterator[str
 
 def _wrong_content(folder: Path, shard: ShardRecord, manifest: Manifest) -> Iterator[str]:
     """What is wrong inside of .idx and .bin files that have the right lengths."""
-    index, dtype = folder / f"{shard.prefix}.idx", np.dtype(manifest.dtype)
-    with index.open("rb") as file:
-        header = HEADER.unpack(file.read(HEADER.size))
-        lengths = np.fromfile(file, np.int32, shard.documents)
-        offsets = np.fromfile(file, np.int64, shard.documents)
-        bounds = np.fromfile(file, np.int64, shard.documents + 1)
-    if header != (MAGIC, VERSION, CODES[dtype.name], shard.documents, shard.documents + 1):
-        yield f"{index.name} has the wrong header"
+    prefix = folder / shard.prefix
+    try:
+        lengths, dtype = read_lengths(prefix)
+    except BadInput as error:
+        yield error.what
         return
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths
-    if (lengths < 0).any() or (ends[-1] if len(ends) else 0) != shard.tokens:
-        yield f"{index.name} counts {ends[-1] if len(ends) else 0:,} tokens instead of {shard.tokens:,}"
+    counted = _counts(len(lengths), int(lengths.sum(dtype=np.int64)), dtype.name)
+    stated = _counts(shard.documents, shard.tokens, manifest.dtype)
+    if counted != stated or (lengths < 0).any():
+        yield f"{prefix.name}.idx counts {counted} instead of {stated}"
         return
-    if not np.array_equal(offsets, starts * dtype.itemsize) or not np.array_equal(bounds, np.arange(len(bounds))):
-        yield f"{index.name} has wrong offsets or document bounds"
-        return
-    ids = np.memmap(folder / f"{shard.prefix}.bin", dtype, "r") if shard.tokens else np.empty(0, dtype)
+    with prefix.with_name(f"{prefix.name}.idx").open("rb") as file:
+        if any(file.read(len(part)) != part for part in index_parts(lengths, dtype)):
+            yield f"{prefix.name}.idx has wrong offsets or document bounds"
+            return
+    ids = np.memmap(prefix.with_name(f"{prefix.name}.bin"), dtype, "r") if shard.tokens else np.empty(0, dtype)
     for start in range(0, len(ids), BLOCK_IDS):
         block = ids[start : start + BLOCK_IDS]
         beyond = np.flatnonzero((block >= manifest.tokenizer.vocab_size) | (block < 0))
@@ -102,10 +102,14 @@ def _wrong_content(folder: Path, shard: ShardRecord, manifest: Manifest) -> Iter
             break
     tokenizer = manifest.tokenizer
     for wanted, places, index_id, what in (
-        (manifest.bos, starts, tokenizer.bos_id, "begin with the beginning-of-text id"),
-        (manifest.eos, ends - 1, tokenizer.eos_id, "end with the end-of-text id"),
+        (manifest.config.bos, starts, tokenizer.bos_id, "begin with the beginning-of-text id"),
+        (manifest.config.eos, ends - 1, tokenizer.eos_id, "end with the end-of-text id"),
     ):
         if wanted and index_id is not None and len(places):
             count = int((ids[places] != index_id).sum())
             if count:
                 yield f"{shard.prefix}.bin: {count:,} documents do not {what}"
+
+
+def _counts(documents: int, tokens: int, dtype: str) -> str:
+    return f"{documents:,} documents, {tokens:,} tokens of {dtype}"

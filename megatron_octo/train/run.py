@@ -22,7 +22,7 @@ from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig, Trai
 from megatron_octo.console import duration, logger
 from megatron_octo.data import mix
 from megatron_octo.data.loader import Loader, build_dataset, source_order
-from megatron_octo.data.mixture import Mixture, read_mixture
+from megatron_octo.data.mixture import Mixture, check_unchanged, read_mixture
 from megatron_octo.errors import BadInput
 from megatron_octo.model.build import check_platform
 from megatron_octo.model.weights import check_shape, load_weights
@@ -108,7 +108,8 @@ def check(config: MidTrainConfig, world_size: int) -> Inputs:
 
     Raises:
         BadInput: the layout does not fit the ranks; the run folder was made with other settings; a data set, the
-            import or the parent's save is missing; the tokenizer or the weights do not fit the model.
+            import or the parent's save is missing, or a data set was prepared anew since the last save; the tokenizer
+            or the weights do not fit the model.
     """
     plan = config.resolve(world_size)
     run = rundir.run_folder(config.name)
@@ -117,6 +118,7 @@ def check(config: MidTrainConfig, world_size: int) -> Inputs:
     mix.check_repeats(mix.plan(config.data, available=mixture.tokens, train_tokens=config.budget.train_tokens))
     resumed = latest_save(run)
     if resumed is not None:  # the start is behind it: its folder may be gone
+        check_unchanged(mixture, read_state(resumed).data, resumed)
         return Inputs(plan=plan, mixture=mixture, start_folder=None, parent=lineage.read(resumed).parent)
     folder = _start_folder(config)
     if folder is None:
@@ -223,9 +225,9 @@ def _fill(
         state = read_state(save)
         checkpoint.load(save, chunks=chunks, optimizer=optimizer, same_layout=state.layout == layout)
         log.info("resumed after step %s from %s", f"{state.step:,}", save)
-        state = replace(state, layout=layout)
+        state = replace(state, layout=layout, data=inputs.mixture.identities)
     else:
-        state = TrainState(layout=layout)
+        state = TrainState(layout=layout, data=inputs.mixture.identities)
         start = config.start
         if isinstance(start, FromImport):
             assert inputs.start_folder is not None

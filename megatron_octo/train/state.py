@@ -26,6 +26,9 @@ class TrainState(Settings):
     layout: str = ""
     """The ranks and layers that saved it; random states and layers' own records come back only into the same ones."""
 
+    data: tuple[tuple[str, str], ...] = ()
+    """(source, identity of its data set), as `Mixture.identities`: a resume goes on with the same or not at all."""
+
     def write(self, folder: Path) -> None:
         """Write `state.json`."""
         write_json(folder / FILE, to_dict(self))

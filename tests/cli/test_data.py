@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -210,7 +211,8 @@ def test_prepared_data_sets_are_verified_merged_and_mixed(data, written, recipe,
     assert code == 0
     assert [row["source"] for row in json.loads(out)] == ["web", "chat"]
 
-    code, out = data("merge", tmp_path / "both", sources / "web", sources / "web", "--json")
+    again = shutil.copytree(sources / "web", tmp_path / "again")
+    code, out = data("merge", tmp_path / "both", sources / "web", again, "--json")
     assert code == 0
     merged = json.loads(out)
     assert (merged["source"], merged["documents"]) == ("both", 600)

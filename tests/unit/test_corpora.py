@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY
 
 FILE = REPOSITORY / "recipes" / "corpora.py"
 NAMES = tuple(recipe_functions(FILE))
-PAPER = {  # Tables 2 and 5, section 3, and MegaMath's whole web corpus
+PAPER = {  # Tables 2 and 5, section 3 with its RL problems, MegaMath's whole web corpus, and AM's smaller twin
     "megamath_web_pro_max",
     "megamath_web_pro",
     "megamath_web",
@@ -31,9 +31,11 @@ PAPER = {  # Tables 2 and 5, section 3, and MegaMath's whole web corpus
     "numina_math_1_5",
     "open_r1_math",
     "am_deepseek_distilled",
+    "am_deepseek_r1_distilled_1_4m",
     "tulu_3_instruction_following",
     "wildchat",
     "ultrachat",
+    "math8k",
 }
 TURNS = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
 RECORDS = {  # a record as each data set lays it out, and the text that it becomes
@@ -44,6 +46,16 @@ RECORDS = {  # a record as each data set lays it out, and the text that it becom
         "1+1?\n<think>\nh\n</think>\n2",
     ),
     "am_deepseek_distilled": ({"question": "1+1?", "answer": "<think>h</think>2"}, "1+1?\n<think>h</think>2"),
+    "am_deepseek_r1_distilled_1_4m": (
+        {
+            "messages": [
+                {"role": "user", "content": "1+1?", "info": {"reference_answer": "2"}},
+                {"role": "assistant", "content": "<think>h</think><answer>2</answer>", "info": {}},
+            ]
+        },
+        "1+1?\n<think>h</think><answer>2</answer>",
+    ),
+    "math8k": ({"problem": "1+1?", "answer": "2"}, "1+1?\n2"),
     "tulu_3_instruction_following": ({"messages": TURNS, "prompt": "1+1?"}, "User:1+1?\nAssistant:2"),
     "wildchat": ({"model": "gpt-4-0314", "conversation": TURNS}, "User:1+1?\nAssistant:2"),
     "ultrachat": ({"messages": TURNS, "prompt": "1+1?"}, "User:1+1?\nAssistant:2"),
@@ -82,6 +94,9 @@ def test_a_manifest_states_its_licence_and_what_nobody_confirmed(config):
     if not config.facts.expected_tokens:
         assert "tokens" in said
     assert not config.hub.gated or "agree" in said
+    assert config.facts.download_bytes
+    if config.facts.download_bytes == pytest.approx(3.25 * (config.facts.expected_tokens or 0)):
+        assert "download_bytes is an estimate" in said
 
 
 def test_a_manifest_is_whole_as_json(config):

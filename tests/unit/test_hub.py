@@ -555,7 +555,7 @@ def ready(fake, config, tokenizer_folder) -> PrepareConfig:
 def test_a_source_on_the_hub_becomes_the_same_data_set_as_its_files_here(fake, ready, tmp_path):
     manifest = prepare(ready, num_workers=2)
     assert not downloads_folder(ready).exists()
-    assert [str(each.path) for each in manifest.sources] == [
+    assert [str(each.file.path) for each in manifest.sources] == [
         f"datasets/owner/public@{COMMIT}/data/part{n}.jsonl" for n in (0, 1, 2, 9)
     ]
     for name, content in fake.repositories["owner/public"].files.items():

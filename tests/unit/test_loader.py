@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_octo.data.loader import sequence_numbers
+from megatron_octo.data.loader import build_dataset, sequence_numbers
+from megatron_octo.data.mixture import read_mixture
+from tests.prepared import SEQ_LENGTH, VOCAB, stage, write_data, write_documents
 
 
 def _global_batch(consumed: int, *, data_ranks: int, rows: int, batch: int) -> list[int]:
@@ -28,3 +32,25 @@ def test_any_number_of_ranks_reads_the_next_batch_once_and_in_order(consumed, ra
 def test_ranks_take_turns_by_micro_batch():
     second = sequence_numbers(100, 1, data_rank=1, data_ranks=2, micro_batch_sequences=3)
     assert list(second) == [109, 110, 111]
+
+
+def test_an_index_of_data_that_were_prepared_anew_is_not_used(tmp_path):
+    data, config = tmp_path / "data", stage(tmp_path / "data", "x").data
+    write_data(data)
+    documents = [[3 + number % 60] * (5 + number) for number in range(40)]
+
+    def prepare_a(documents: list[list[int]]) -> None:
+        shutil.rmtree(data / "a")
+        write_documents(data / "a", data / "tokenizer", [documents], VOCAB)
+
+    def sequences(cache) -> list[list[int]]:
+        mixture = read_mixture(config, model_vocab_size=VOCAB)
+        made = build_dataset(mixture, num_sequences=90, seq_length=SEQ_LENGTH, seed=1, cache=cache, reads_data=True)
+        return [made[number]["tokens"].tolist() for number in range(90)]
+
+    prepare_a(documents)
+    old, files = sequences(tmp_path / "kept"), sorted((tmp_path / "kept").iterdir())
+    assert sequences(tmp_path / "kept") == old
+    assert sorted((tmp_path / "kept").iterdir()) == files
+    prepare_a(documents[::-1])  # as many tokens, so nothing else of the cache's key changes
+    assert sequences(tmp_path / "kept") == sequences(tmp_path / "new") != old

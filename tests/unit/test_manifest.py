@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_octo.data.manifest import read_manifest, tokenizer_sha256
@@ -47,6 +49,16 @@ def test_totals_that_contradict_the_shards_are_refused(source):
     (source / "manifest.json").write_text(text.replace(tokens, '"tokens": 5', 1))
     with pytest.raises(BadInput, match="5 tokens"):
         read_manifest(source)
+
+
+def test_an_identity_changes_with_any_byte_that_training_reads(source):
+    manifest = read_manifest(source)
+    first, second = manifest.shards
+    for field in ("bin_sha256", "idx_sha256", "loss_sha256"):
+        assert replace(manifest, shards=(first, replace(second, **{field: "0"}))).identity != manifest.identity
+    assert replace(manifest, shards=(second, first)).identity != manifest.identity
+    assert replace(manifest, validation=(first,)).identity != manifest.identity
+    assert replace(manifest, rejected=5, packages=("megatron_octo 9",)).identity == manifest.identity
 
 
 def test_a_tokenizers_identity_is_that_of_its_two_files(tmp_path):

@@ -98,7 +98,7 @@ def test_one_data_set_with_both_kinds_of_loss_is_refused(marked):
 
 
 def test_documents_without_an_end_cannot_be_cut(data):
-    _change_manifest(data / "b", eos=False)
+    _change_manifest(data / "b", config=replace(read_manifest(data / "b").config, eos=False))
     config = stage(data, "x").data
     read_mixture(config, model_vocab_size=VOCAB)
     with pytest.raises(BadInput, match=r"across_documents is off, but the documents of .*b do not end.*\n.*eos"):

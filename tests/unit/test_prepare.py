@@ -7,6 +7,8 @@ import json
 import shutil
 import struct
 from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +69,12 @@ def test_the_manifest_says_what_is_there(config):
     (shard,) = manifest.shards
     assert shard.bin_sha256 == sha256(config.output / "00000.bin")
     assert shard.idx_sha256 == sha256(config.output / "00000.idx")
+
+
+def test_the_manifest_holds_the_settings_and_the_packages_that_made_it(config):
+    manifest = prepare(config)
+    assert manifest.config == replace(config, output=Path())
+    assert manifest.packages == tuple(f"{each} {metadata.version(each)}" for each in ("gigatoken", "megatron_octo"))
 
 
 def test_more_shards_hold_the_same_documents(config):
@@ -165,10 +173,28 @@ def test_a_data_set_of_other_settings_is_refused(config):
         prepare(replace(config, bos=False))
 
 
-def test_a_data_set_of_an_input_that_changed_since_is_refused(config):
+@pytest.mark.parametrize("change", [lambda text: text * 2, lambda text: text.replace("a", "b")])
+def test_a_data_set_of_an_input_that_changed_since_is_refused(config, change):
     prepare(config)
-    config.input.write_text(config.input.read_text() * 2)
-    with pytest.raises(BadInput, match=r"long\.jsonl when that had"):
+    config.input.write_text(change(config.input.read_text()))
+    with pytest.raises(BadInput, match=r"long\.jsonl holds something else since .*long was prepared[\s\S]*delete "):
+        is_prepared(config)
+
+
+def test_an_input_that_was_only_touched_is_hashed_and_kept(config, monkeypatch):
+    prepare(config)
+    monkeypatch.setattr("megatron_octo.data.prepare.sha256", None)  # not called while the time is the same
+    assert is_prepared(config)
+    monkeypatch.undo()
+    config.input.touch()
+    assert is_prepared(config)
+
+
+def test_a_file_that_fits_the_pattern_only_now_is_refused(config):
+    config = replace(config, input=config.input.parent / "*.jsonl")
+    prepare(config)
+    config.input.with_name("more.jsonl").write_text("{}\n")
+    with pytest.raises(BadInput, match=r"more\.jsonl is new since"):
         is_prepared(config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from megatron_octo.errors import BadInput
 from megatron_octo.train.run import check, finished
 from megatron_octo.train.state import TrainState, latest_save, saved_steps
 from tests.conftest import REPOSITORY, snapshot
-from tests.prepared import MODEL, stage, write_data
+from tests.prepared import MODEL, stage, write_data, write_source
 
 
 @pytest.fixture
@@ -87,6 +88,17 @@ def test_moments_of_another_kind_of_optimizer(config):
     with pytest.raises(BadInput, match=r"distributed_optimizer False, this run has True"):
         check(replace(config, start=start), 1)
     check(replace(config, start=replace(start, optimizer=False)), 1)
+
+
+def test_a_run_does_not_go_on_over_data_that_were_prepared_anew(config, tmp_path):
+    save = _save("run", 5, config)
+    lineage.write(save, lineage.Lineage(name="run", kind="train", weights_sha256="2"))
+    TrainState(step=5, data=check(config, 1).mixture.identities).write(save)
+    check(config, 1)
+    shutil.rmtree(tmp_path / "data" / "b")
+    write_source(tmp_path / "data" / "b", tmp_path / "data" / "tokenizer", seed=2)
+    with pytest.raises(BadInput, match=rf"source b was prepared anew since {save}"):
+        check(config, 1)
 
 
 def test_a_torn_save_is_never_selected(config):

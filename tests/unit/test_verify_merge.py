@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,8 +90,10 @@ def test_damage_is_found(config, name, damage, message):
     [
         ("00000.bin", 4, np.uint16(384).tobytes(), r"id 384, beyond the vocabulary of 384, in document 0"),
         ("00000.bin", 0, np.uint16(9).tobytes(), r"1 documents do not begin with the beginning-of-text id"),
-        ("00000.idx", 9, struct.pack("<Q", 2), "wrong header"),
-        ("00000.idx", HEADER.size, struct.pack("<i", 1), r"counts .* tokens instead of"),
+        ("00000.idx", 9, struct.pack("<Q", 2), r"00000\.idx is no index of Megatron's"),
+        ("00000.idx", 17, struct.pack("<B", 4), r"tokens of int32 instead of .* tokens of uint16"),
+        ("00000.idx", 26, struct.pack("<Q", 9), "wrong offsets or document bounds"),
+        ("00000.idx", HEADER.size, struct.pack("<i", 1), r"counts .* tokens of uint16 instead of"),
     ],
 )
 def test_wrong_content_is_found_even_where_the_hashes_agree(config, name, at, value, message):
@@ -136,6 +140,59 @@ def test_data_sets_prepared_differently_are_not_merged(config, tmp_path):
     assert not (tmp_path / "both").exists()
     with pytest.raises(BadInput, match="exists"):
         merge(config.output, [other.output], name="b")
+
+
+def with_settings(config, folder, **changes):
+    """A copy of a data set whose manifest has other settings."""
+    shutil.copytree(config.output, folder)
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, config=replace(manifest.config, **changes)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"template": "format", "format_string": "{question}", "mark_answers": False}, "format_string '' and '{ques"),
+        ({"columns": (("question", "problem"),)}, r"columns \[\] and \[\['question', 'problem'\]\]"),
+        ({"template": "chat", "chat_models": ("gpt-4",)}, r"chat_models \[\] and \['gpt-4'\]"),
+        ({"control_text": "bad"}, "control_text 'ordinary' and 'bad'"),
+        ({"validation_share": 0.1}, r"validation_share 0\.2 and 0\.1"),
+        ({"id_column": None}, "id_column 'id' and None"),
+    ],
+)
+def test_every_setting_that_changes_documents_must_be_alike(config, tmp_path, changes, named):
+    other = with_settings(config, tmp_path / "b", **changes)
+    with pytest.raises(BadInput, match=named):
+        merge(tmp_path / "both", [config.output, other], name="both")
+
+
+def test_settings_that_change_no_document_may_differ(config, tmp_path):
+    changes = {"name": "b", "piece_bytes": 1, "shard_tokens": 1, "on_bad_record": "skip", "tokenizer": tmp_path / "t"}
+    other = with_settings(config, tmp_path / "b", **changes)
+    merged = merge(tmp_path / "both", [config.output, other], name="both")
+    assert merged.config == replace(config, name="both", output=Path())
+
+
+def test_data_sets_of_two_tokenizers_are_not_merged(config, tmp_path):
+    other = with_settings(config, tmp_path / "b")
+    manifest = read_manifest(other)
+    write_manifest(other, replace(manifest, tokenizer=replace(manifest.tokenizer, sha256="0" * 64)))
+    with pytest.raises(BadInput, match=r"tokenizer\.sha256 '.*' and '0000"):
+        merge(tmp_path / "both", [config.output, other], name="both")
+
+
+def test_a_folder_is_merged_once(config, tmp_path):
+    twice = [config.output, config.output.parent / "." / "x" / ".." / config.output.name]
+    with pytest.raises(BadInput, match="a is named 2 times"):
+        merge(tmp_path / "both", twice, name="both")
+
+
+def test_a_merged_manifest_names_the_packages_of_all(config, tmp_path):
+    other = with_settings(config, tmp_path / "b")
+    write_manifest(other, replace(read_manifest(other), packages=("megatron_octo 0.0.9",)))
+    merged = merge(tmp_path / "both", [config.output, other], name="both")
+    assert set(merged.packages) == {"megatron_octo 0.0.9", *read_manifest(config.output).packages}
 
 
 def mixture(**options) -> MixtureConfig:
