@@ -1,4 +1,4 @@
-"""Hugging Face model folders: config.json, safetensors, tokenizer files. Streams: no more than one file in memory."""
+"""Hugging Face model folders: config.json, safetensors, tokenizer files. Streams: one tensor in memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_octo import console
+from megatron_octo.convert import safetensors_file
+from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
 from megatron_octo.rundir import read_json, write_json
@@ -121,43 +123,34 @@ class Weights:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Named:
-    """A tensor to write, made when its turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    make: Callable[[], torch.Tensor]
-
-
 def write_weights(
     folder: Path, tensors: Iterable[Named], dtype: Dtype, *, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
     """Write safetensors: one file, or numbered ones with an index where they would exceed `max_file_bytes`."""
     import torch
-    from safetensors.torch import save_file
 
-    torch_dtype = getattr(torch, TORCH_NAMES[dtype])
+    torch_dtype: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
     files: list[list[Named]] = [[]]
     room, total = max_file_bytes, 0
     for tensor in tensors:
-        size = torch_dtype.itemsize * torch.Size(tensor.shape).numel()
+        size = tensor.num_bytes(torch_dtype)
         if files[-1] and size > room:
             files.append([])
             room = max_file_bytes
         files[-1].append(tensor)
         room, total = room - size, total + size
     weight_map: dict[str, str] = {}
-    for number, group in enumerate(console.progress(files, total=len(files), title="weight files"), start=1):
-        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file(
-            {each.name: each.make().to(torch_dtype).contiguous().clone() for each in group},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-        weight_map |= {each.name: file for each in group}
+    with console.meter(f"write {folder.name}", total) as show:
+        for number, group in enumerate(files, start=1):
+            file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            safetensors_file.write(folder / file, group, torch_dtype, wrote=_beside(show, f"{number} of {len(files)}"))
+            weight_map |= {each.name: file for each in group}
     if len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _beside(show: Callable[[float, str], None], remark: str) -> Callable[[float], None]:
+    return lambda size: show(size, remark)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.convert import hf_folder
 from megatron_octo.convert.output import finished
+from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
 
@@ -63,7 +64,7 @@ def _check_same(output: Path, settings: dict[str, object]) -> None:
         )
 
 
-def _tensors(model: ModelConfig, seed: int) -> Iterator[hf_folder.Named]:
+def _tensors(model: ModelConfig, seed: int) -> Iterator[Named]:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -77,4 +78,4 @@ def _tensors(model: ModelConfig, seed: int) -> Iterator[hf_folder.Named]:
         def make(shape: tuple[int, ...] = shape, std: float = std) -> torch.Tensor:
             return torch.ones(shape) if len(shape) == 1 else normal(shape, std)
 
-        yield hf_folder.Named(name=name, shape=shape, make=make)
+        yield Named(name=name, shape=shape, make=make)

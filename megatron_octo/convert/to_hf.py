@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_octo import console, lineage, rundir
 from megatron_octo.convert import hf_folder
 from megatron_octo.convert.output import finished
+from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import Save
 from megatron_octo.convert.verify import verify as verify_export
 from megatron_octo.errors import BadInput
@@ -72,10 +73,10 @@ def _check_same(output: Path, done: lineage.Lineage, parent: lineage.Lineage, dt
         raise BadInput(f"{output} is in {found}, not {wanted}", fix="give another folder, or --overwrite")
 
 
-def _tensors(source: Save) -> Iterator[hf_folder.Named]:
+def _tensors(source: Save) -> Iterator[Named]:
     for weight in mapping.weights(source.model):
         for index, (name, shape) in enumerate(weight.parts):
-            yield hf_folder.Named(name=name, shape=shape, make=_maker(source, weight, index))
+            yield Named(name=name, shape=shape, make=_maker(source, weight, index))
 
 
 def _maker(source: Save, weight: mapping.Weight, index: int) -> Callable[[], torch.Tensor]:

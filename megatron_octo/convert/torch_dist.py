@@ -8,11 +8,14 @@ it. Here an index may name the few classes that describe tensors and nothing els
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from megatron_octo import console
 from megatron_octo.errors import BadInput
@@ -27,6 +30,11 @@ FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 WEIGHT_FILES = "*.distcp"
 COMMON_STATE = "common_state/shard_0_1"
 """megatron looks its unsharded state up under this key; weights alone have none, so it is empty."""
+
+NUMBERS = "/data/0"
+"""Name in `torch.save`'s archive of what a single tensor holds."""
+ZIP_HEADER = struct.Struct("<26x2H")
+"""A zip entry's own header; it ends with the lengths of the name and of the extra field that follow it."""
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
@@ -117,22 +125,25 @@ class Reader:
 
         entry = self._entry(key)
         start, stop = (0, entry.size[0]) if index is None else (index, index + 1)
-        out = torch.empty((stop - start, *entry.size[1:]), dtype=entry.properties.dtype)
-        covered = 0
+        shape = torch.Size((stop - start, *entry.size[1:]))
+        out, covered = None, 0
         for chunk in entry.chunks:
             low, high = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
             if low >= high:
                 continue
             piece = self._piece(key, chunk)[low - chunk.offsets[0] : high - chunk.offsets[0]]
+            if piece.shape == shape:  # nothing to put together, nothing to copy
+                return piece if index is None else piece[0]
+            out = torch.empty(shape, dtype=entry.properties.dtype) if out is None else out
             place = (
                 slice(low - start, high - start),
                 *(slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)),
             )
             out[place] = piece
             covered += piece.numel()
-        if covered != out.numel():
+        if out is None or covered != out.numel():
             raise BadInput(
-                f"{self.folder}: the pieces of {key} hold {covered:,} of its {out.numel():,} numbers",
+                f"{self.folder}: the pieces of {key} hold {covered:,} of its {shape.numel():,} numbers",
                 fix="take another save: this one is not whole",
             )
         return out if index is None else out[0]
@@ -143,7 +154,6 @@ class Reader:
         return self._tensors[key]
 
     def _piece(self, key: str, chunk: Any) -> torch.Tensor:
-        import torch
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         info = self._storage[MetadataIndex(key, chunk.offsets)]
@@ -152,14 +162,35 @@ class Reader:
             raise BadInput(
                 f"{self.folder} has no file {info.relative_path}, which {key} is in", fix="take another save"
             )
-        with path.open("rb") as file:
-            file.seek(info.offset)
-            blob = file.read(info.length)
         try:
-            piece: torch.Tensor = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            return _mapped(path, info.offset, info.length)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
             raise BadInput(f"{path} holds no numbers for {key}: {error}", fix="take another save") from None
-        return piece
+
+
+def _mapped(path: Path, offset: int, length: int) -> torch.Tensor:
+    """The tensor that `torch.save` wrote into a part of a file; its numbers stay on disk until they are used.
+
+    torch can map whole files only. Its format is a zip archive with nothing compressed: a pickle that describes the
+    tensor, and the numbers.
+    """
+    import torch
+    from torch.distributed.checkpoint.utils import _create_file_view
+
+    page = offset % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        with torch.serialization.skip_data():
+            shell = torch.load(_create_file_view(file, offset, length), map_location="cpu", weights_only=True)
+        content = mmap.mmap(file.fileno(), page + length, offset=offset - page, access=mmap.ACCESS_COPY)
+    archive = zipfile.ZipFile(cast(BinaryIO, content))
+    entry = next(each for each in archive.infolist() if each.filename.endswith(NUMBERS))
+    if not shell.is_contiguous() or entry.file_size != shell.nbytes:
+        raise ValueError("it is a view of other numbers")
+    if not shell.numel():
+        return shell
+    start = entry.header_offset + ZIP_HEADER.size + sum(ZIP_HEADER.unpack_from(content, entry.header_offset))
+    numbers = torch.frombuffer(content, dtype=shell.dtype, count=shell.numel(), offset=start)
+    return numbers.view(shell.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,9 @@ from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
 from megatron_octo.convert import hf_folder
 from megatron_octo.convert.from_hf import from_hf
+from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
+from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import Save, find_save
 from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.errors import BadInput
@@ -110,9 +112,19 @@ def test_number_formats_stay_as_they_are(base: Path, tmp_path: Path) -> None:
     assert save.read("decoder.layers.mlp.linear_fc2.weight", 1).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_weight_file_has_the_bytes_of_the_librarys_own_writer(base: Path, tmp_path: Path, dtype: Dtype) -> None:
+    tensors = load_file(base / "model.safetensors")
+    out = [Named(name=name, shape=tuple(t.shape), make=lambda t=t: t) for name, t in reversed(tensors.items())]
+    hf_folder.write_weights(tmp_path, out, dtype)
+    rounded = {name: t.to(getattr(torch, hf_folder.TORCH_NAMES[dtype])) for name, t in tensors.items()}
+    save_file(rounded, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_large_models_are_written_and_read_in_numbered_files(base: Path, tmp_path: Path) -> None:
     weights = hf_folder.Weights(base)
-    tensors = [hf_folder.Named(name=n, shape=s, make=lambda n=n: weights.read(n)) for n, s in weights.shapes.items()]
+    tensors = [Named(name=n, shape=s, make=lambda n=n: weights.read(n)) for n, s in weights.shapes.items()]
     out = tmp_path / "sharded"
     out.mkdir()
     hf_folder.write_weights(out, tensors, "fp32", max_file_bytes=4096)
