@@ -41,7 +41,7 @@ def recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser for a command that takes a recipe; `--section.field value` pairs are left to the recipe."""
     more = "Other options override the recipe; `RECIPE --help` lists them."
     out = parser(command, f"{description}\n\n{more}")
-    out.add_argument("recipe", metavar="RECIPE", help="path.py:function, or a run's config.json")
+    out.add_argument("recipe", metavar="RECIPE", help="path.py:function, path.py:function@gpu, or a run's config.json")
     return out
 
 

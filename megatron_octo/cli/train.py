@@ -9,6 +9,7 @@ from megatron_octo.cli.options import at_least_one, parse_recipe, recipe_parser
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.train import MidTrainConfig
+from megatron_octo.plan.memory import rank_memory
 from megatron_octo.platform.process_group import started_by_launcher, world
 
 
@@ -35,11 +36,12 @@ def main(argv: Sequence[str]) -> None:
 
 def _show(config: MidTrainConfig, num_ranks: int, *, as_json: bool) -> None:
     plan = config.resolve(num_ranks)
+    memory = rank_memory(config, plan)
     if as_json:
-        console.emit_json({"plan": to_dict(plan), "config": to_dict(config)})
+        console.emit_json({"plan": to_dict(plan), "memory": to_dict(memory), "config": to_dict(config)})
         return
-    tokens = [f"{source.name} {source.weight:.1%}" for source in config.data.sources]
-    console.emit(f"{config.name}\n{plan.arithmetic(config)}\nmixture {', '.join(tokens)}")
+    tokens = [f"{source.name} {source.weight:.2%}" for source in config.data.sources]
+    console.emit(f"{config.name}\n{plan.arithmetic(config)}\nmixture {', '.join(tokens)}\n{memory.arithmetic()}")
 
 
 def _launch(config: MidTrainConfig, num_ranks: int, argv: Sequence[str]) -> None:

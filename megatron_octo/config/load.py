@@ -1,21 +1,26 @@
 """Recipe file -> settings: `path.py:function`, or `path.py` alone, or a run's `config.json`.
 
-`path.py` alone is its one function that fits the command, else the one called `pipeline`.
+`path.py` alone is its one function that fits the command, else the one called `pipeline`. `path.py:function@gpu` lays
+a stage out as the file's `LAYOUTS`, a dict of `Layout`, says for that GPU. A recipe may import the files beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megatron_octo.config.base import Settings, read_settings
+from megatron_octo.config.train import Layout, MidTrainConfig
 from megatron_octo.errors import BadInput, OctoError, SettingsError
 from megatron_octo.rundir import read_json
 
@@ -36,20 +41,50 @@ def load_recipe[S: Settings](
         BadInput: no such file or function, or settings that contradict themselves.
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    file, _, name = spec.partition(":")
+    file, _, rest = spec.partition(":")
+    name, _, gpu = rest.partition("@")
     path = Path(file)
     if not path.is_file():
         raise BadInput(f"no recipe {spec!r}: there is no file {file}", fix=_nearest_file(path))
     if path.suffix == ".json":
         settings = read_settings(_kind_of_json(path, kinds), path)
     else:
-        settings = _call(_pick(recipe_functions(path), name, kinds, spec), spec)
+        recipes = read_recipes(path)
+        settings = _call(_pick(recipes.functions, name, kinds, f"{file}:{name}" if name else file), spec)
+        if gpu:
+            settings = _lay_out(settings, recipes.layouts, gpu, spec)
     return _override(settings, overrides, prog=f"{command} {spec}") if overrides else settings
 
 
-def recipe_functions(path: Path) -> dict[str, Callable[[], Settings]]:
-    """The recipes in a file: its own public functions whose annotated result is a settings class."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeFile:
+    """What a recipe file holds."""
+
+    about: str
+    """The first line of its docstring."""
+    functions: dict[str, Callable[[], Settings]]
+    """The recipes: its own public functions without parameters whose annotated result is a settings class."""
+    layouts: dict[str, Layout]
+    """Its `LAYOUTS`, if it has them: for each GPU, how a stage lies on it."""
+
+
+def read_recipes(path: Path) -> RecipeFile:
+    """Run a recipe file and say what it holds.
+
+    Raises:
+        BadInput: it fails.
+    """
     module = _import(path)
+    about = (module.__doc__ or "").split("\n")[0]
+    return RecipeFile(about=about, functions=_functions(module), layouts=getattr(module, "LAYOUTS", {}))
+
+
+def recipe_functions(path: Path) -> dict[str, Callable[[], Settings]]:
+    """The recipes in a file."""
+    return read_recipes(path).functions
+
+
+def _functions(module: ModuleType) -> dict[str, Callable[[], Settings]]:
     found: dict[str, Callable[[], Settings]] = {}
     for name, function in vars(module).items():
         if name.startswith("_") or not inspect.isfunction(function) or function.__module__ != module.__name__:
@@ -59,13 +94,14 @@ def recipe_functions(path: Path) -> dict[str, Callable[[], Settings]]:
         try:
             result = typing.get_type_hints(function).get("return")
         except NameError as error:
-            raise BadInput(f"recipe {path}:{name}: its annotation fails: {error}", fix="import what it names") from None
+            what = f"recipe {module.__file__}:{name}: its annotation fails: {error}"
+            raise BadInput(what, fix="import what it names") from None
         if isinstance(result, type) and issubclass(result, Settings):
             found[name] = function
     return found
 
 
-def _import(path: Path) -> Any:
+def _import(path: Path) -> ModuleType:
     name = f"octo_recipe_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:
@@ -73,12 +109,28 @@ def _import(path: Path) -> Any:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and type hints look their module up here
     try:
-        module_spec.loader.exec_module(module)
+        with _siblings(path.parent.resolve()):
+            module_spec.loader.exec_module(module)
     except OctoError:
         raise
     except Exception as error:
         raise BadInput(f"recipe {path} fails to load: {type(error).__name__}: {error}", fix="correct it") from error
     return module
+
+
+@contextlib.contextmanager
+def _siblings(folder: Path) -> Iterator[None]:
+    """Let a file import those beside it, as a script does; then forget them, so that another folder's may be called
+    the same."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+                del sys.modules[name]
 
 
 def _kind_of_json[S: Settings](path: Path, kinds: tuple[type[S], ...]) -> type[S]:
@@ -120,6 +172,15 @@ def _call[S: Settings](function: Callable[[], S], spec: str) -> S:
         raise
     except Exception as error:
         raise BadInput(f"recipe {spec!r} fails: {type(error).__name__}: {error}", fix="correct the recipe") from error
+
+
+def _lay_out[S: Settings](settings: S, layouts: dict[str, Layout], gpu: str, spec: str) -> S:
+    if not isinstance(settings, MidTrainConfig) or gpu not in layouts:
+        raise BadInput(
+            f"recipe {spec!r} has no layout for {gpu!r}",
+            fix=f"choose among: {', '.join(layouts) or 'none'}; or leave it out and give --parallel.* and the like",
+        )
+    return typing.cast(S, layouts[gpu].of(settings))
 
 
 def _override[S: Settings](settings: S, overrides: Sequence[str], *, prog: str) -> S:

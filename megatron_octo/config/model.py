@@ -25,6 +25,8 @@ class ModelConfig(Settings):
     """Rows of the embedding, padding included; a tokenizer may have fewer ids, never more."""
     tied_embeddings: bool
     """Whether the output layer is the embedding."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have a bias (Qwen2.5), which Llama's have not."""
     head_dim: int = 0
     """Width of one head; 0 means hidden_size / num_heads."""
     rope_theta: float = 500_000.0
@@ -62,6 +64,7 @@ class ModelConfig(Settings):
         """All weights, the embedding counted once if tied."""
         h, d = self.hidden_size, self.head_dim
         attention = h * d * (2 * self.num_heads + 2 * self.num_kv_heads)
-        layer = attention + 3 * h * self.ffn_size + 2 * h
+        bias = d * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
+        layer = attention + bias + 3 * h * self.ffn_size + 2 * h
         embeddings = self.vocab_size * h * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + h

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -274,6 +274,30 @@ class MidTrainConfig(Settings):
             num_micro_batches=num_micro_batches,
             num_steps=self.num_steps,
             batch_tokens=self.batch_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout(Settings):
+    """How a stage lies on GPUs of one kind, whatever their number: what a recipe file's `LAYOUTS` are made of."""
+
+    parallel: ParallelConfig
+    """How the model is cut."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
+    compute: ComputeConfig = ComputeConfig()
+    """Memory against time."""
+    micro_batch_sequences: int = 1
+    """Sequences in one forward pass of one rank."""
+
+    def of(self, config: MidTrainConfig) -> MidTrainConfig:
+        """The stage, laid out so."""
+        return replace(
+            config,
+            parallel=self.parallel,
+            precision=self.precision,
+            compute=self.compute,
+            budget=replace(config.budget, micro_batch_sequences=self.micro_batch_sequences),
         )
 
 

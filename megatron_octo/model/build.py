@@ -105,7 +105,7 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=config.qkv_bias,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=config.init_std,

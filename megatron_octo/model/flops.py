@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_octo.config.model import ModelConfig
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets.
-PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GB200": 2500e12, "B200": 2250e12}
 
 
 def train_flops_per_token(config: ModelConfig, seq_length: int) -> float:

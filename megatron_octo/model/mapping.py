@@ -88,7 +88,16 @@ class Weight:
 
 
 def weights(model: ModelConfig) -> Iterator[Weight]:
-    """Every tensor of a model: the embedding, the layers one after the other, the rest."""
+    """Every tensor of a model: the embedding, the layers one after the other, the rest.
+
+    Raises:
+        BadInput: the model has biases, and no family here has.
+    """
+    if model.qkv_bias:
+        raise BadInput(
+            "model.qkv_bias is on: no Hugging Face family with biases is in the table",
+            fix="convert a model without biases",
+        )
     family = LLAMA
     outside = [row for row in family.rows if not row.key.startswith(LAYERS)]
     inside = [row for row in family.rows if row.key.startswith(LAYERS)]

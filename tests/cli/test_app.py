@@ -68,8 +68,32 @@ def test_recipes_are_listed_and_shown(octo):
     rows = json.loads(octo("recipes", "list", "--json").stdout)
     listed = {row["recipe"].split(":")[1]: row for row in rows}
     assert {"recipe": "recipes/miniature.py:pipeline", "kind": "PipelineConfig"}.items() <= listed["pipeline"].items()
+    assert listed["omi2_40"]["layouts"] == ["h100", "h200", "b200"]
+    lines = octo("recipes", "list").stdout.splitlines()
+    assert any(
+        line.startswith("recipes/llama31_8b.py: Llama-3.1-8B") and "@h100, @h200, @b200" in line for line in lines
+    )
+    assert not any(line.startswith("recipes/octothinker.py") for line in lines)
     shown = json.loads(octo("recipes", "show", "recipes/miniature.py:decay_long").stdout)
     assert shown["name"] == "miniature-decay-long"
+
+
+def test_two_recipes_are_compared_field_by_field_and_sources_by_name(octo):
+    stable, long = "recipes/llama32_3b.py:stable_200b", "recipes/llama32_3b.py:decay_long"
+    assert octo("recipes", "diff", stable, stable).stdout == "no field differs\n"
+    rows = {
+        row["field"]: (row["old"], row["new"])
+        for row in json.loads(octo("recipes", "diff", stable, long, "--json").stdout)
+    }
+    assert rows["budget.train_tokens"] == (209_715_200_000, 20_971_520_000)
+    assert rows["data.sources.dclm-baseline.weight"] == (0.1, 0.05)
+    assert rows["data.sources.megamath-qa.weight"] == (0.05, None)
+    assert not any(field.startswith("model") for field in rows)
+    lines = octo("recipes", "diff", stable, f"{stable}@b200").stdout.split("\n")
+    assert [line.split() for line in lines if line] == [
+        ["budget.micro_batch_sequences", "1", "->", "2"],
+        ["precision.fp8", "tensorwise", "->", "mxfp8"],
+    ]
 
 
 def test_doctor_names_each_part_and_the_fix_for_what_is_missing(octo):

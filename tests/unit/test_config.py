@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,41 @@ def test_a_recipe_that_fails_is_bad_input_with_its_reason(tmp_path):
     path.write_text("def m(:\n")
     with pytest.raises(BadInput, match="SyntaxError"):
         load_recipe(f"{path}:m", ModelConfig)
+
+
+def test_a_recipe_imports_the_files_beside_it_whatever_another_folder_has(tmp_path):
+    text = "from shared import MODEL\nfrom megatron_octo.config.model import ModelConfig\n"
+    text += "def m() -> ModelConfig:\n    return MODEL\n"
+    path, modules = list(sys.path), set(sys.modules)
+    for folder, layers in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "recipe.py").write_text(text)
+        model = f"hidden_size=8, num_layers={layers}, num_heads=1, num_kv_heads=1, ffn_size=8, vocab_size=8"
+        shared = "from megatron_octo.config.model import ModelConfig\n"
+        (tmp_path / folder / "shared.py").write_text(f"{shared}MODEL = ModelConfig({model}, tied_embeddings=True)\n")
+        assert load_recipe(f"{tmp_path / folder / 'recipe.py'}:m", ModelConfig).num_layers == layers
+    assert sys.path == path
+    assert {name for name in set(sys.modules) - modules if name != "octo_recipe_recipe"} == set()
+
+
+def test_a_recipe_is_laid_out_for_the_gpu_it_names_and_options_go_on_top():
+    spec = str(REPOSITORY / "recipes" / "llama31_8b.py:decay_long")
+    default, h200 = load_recipe(spec, MidTrainConfig), load_recipe(f"{spec}@h200", MidTrainConfig)
+    assert (default.parallel.tensor, h200.parallel.tensor) == (2, 1)
+    assert load_recipe(f"{spec}@h100", MidTrainConfig) == default
+    assert replace(h200, parallel=default.parallel, precision=default.precision) == default
+    both = load_recipe(f"{spec}@b200", MidTrainConfig, ["--budget.micro-batch-sequences", "4"])
+    assert (both.precision.fp8, both.budget.micro_batch_sequences) == ("mxfp8", 4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [("llama31_8b.py:stable_200b@h20", "h100, h200, b200"), ("miniature.py:stable@h100", "choose among: none")],
+)
+def test_a_gpu_without_a_layout_is_refused_with_those_that_have_one(spec, told):
+    with pytest.raises(BadInput, match="has no layout for") as refused:
+        load_recipe(str(REPOSITORY / "recipes" / spec), MidTrainConfig)
+    assert told in refused.value.fix
 
 
 def test_context_parallelism_does_not_cut_at_documents(stable):

@@ -148,6 +148,11 @@ def test_what_training_cannot_express_is_refused_with_the_reason(changes: dict[s
     assert "base/config.json" in str(refused.value) and refused.value.fix
 
 
+def test_a_model_with_biases_is_refused_rather_than_converted_without_them() -> None:
+    with pytest.raises(BadInput, match="qkv_bias"):
+        mapping.hf_shapes(replace(MODEL, qkv_bias=True))
+
+
 def test_a_config_without_a_needed_field_is_refused() -> None:
     config = hf_dict()
     del config["hidden_size"]
