@@ -24,7 +24,7 @@ from megatron_octo.data.manifest import (
     tokenizer_sha256,
     write_manifest,
 )
-from megatron_octo.rundir import mark_done
+from megatron_octo.rundir import mark_done, sha256
 
 VOCAB = 64
 EOS = 2
@@ -86,8 +86,8 @@ def write_documents(folder: Path, tokenizer: Path, shards: list[list[list[int]]]
                 prefix=f"{number:05d}",
                 documents=writer.documents,
                 tokens=writer.tokens,
-                bin_sha256="",
-                idx_sha256="",
+                bin_sha256=sha256(folder / f"{number:05d}.bin"),
+                idx_sha256=sha256(folder / f"{number:05d}.idx"),
             )
         )
     record = TokenizerRecord(

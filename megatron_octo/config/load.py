@@ -44,7 +44,28 @@ def load_recipe[S: Settings](
         settings = read_settings(_kind_of_json(path, kinds), path)
     else:
         settings = _call(_pick(recipe_functions(path), name, kinds, spec), spec)
-    return _override(settings, overrides, prog=f"{command} {spec}") if overrides else settings
+    return override(settings, overrides, prog=f"{command} {spec}")
+
+
+def override[S: Settings](settings: S, overrides: Sequence[str], *, prog: str) -> S:
+    """`settings` with `overrides` applied, as `load_recipe` does it.
+
+    Raises:
+        BadInput: the result contradicts itself.
+    """
+    if not overrides:
+        return settings
+    import tyro
+
+    # The kind of a union field stays the recipe's; its fields are overridden like any others.
+    try:
+        return tyro.cli(
+            type(settings), default=settings, args=list(overrides), prog=prog, config=(tyro.conf.AvoidSubcommands,)
+        )
+    except ValueError as error:  # a check across sections; tyro reports those inside one section itself
+        if isinstance(error, SettingsError):
+            raise
+        raise BadInput(str(error), fix="correct the option") from error
 
 
 def recipe_functions(path: Path) -> dict[str, Callable[[], Settings]]:
@@ -120,20 +141,6 @@ def _call[S: Settings](function: Callable[[], S], spec: str) -> S:
         raise
     except Exception as error:
         raise BadInput(f"recipe {spec!r} fails: {type(error).__name__}: {error}", fix="correct the recipe") from error
-
-
-def _override[S: Settings](settings: S, overrides: Sequence[str], *, prog: str) -> S:
-    import tyro
-
-    # The kind of a union field stays the recipe's; its fields are overridden like any others.
-    try:
-        return tyro.cli(
-            type(settings), default=settings, args=list(overrides), prog=prog, config=(tyro.conf.AvoidSubcommands,)
-        )
-    except ValueError as error:  # a check across sections; tyro reports those inside one section itself
-        if isinstance(error, SettingsError):
-            raise
-        raise BadInput(str(error), fix="correct the option") from error
 
 
 def _nearest_file(path: Path) -> str:

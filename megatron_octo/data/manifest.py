@@ -115,6 +115,12 @@ class Manifest(Settings):
                 fix=f"{PREPARE}; the file was changed by hand",
             )
 
+    @property
+    def identity(self) -> str:
+        """One hash over the shards that training reads: it changes when any of their bytes does."""
+        hashes = (f"{each.bin_sha256} {each.idx_sha256} {each.loss_sha256}\n" for each in self.shards)
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
     def prefixes(self, folder: Path) -> list[Path]:
         """The shards' paths in `folder`, without .bin and .idx, as IndexedDataset takes them."""
         return [folder / shard.prefix for shard in self.shards]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ class Mixture:
     """The sources."""
     tokens: tuple[int, ...]
     """Tokens in each source's data set."""
+    identities: tuple[tuple[str, str], ...]
+    """(source, `Manifest.identity` of its data set): what a save notes, and a part of the index cache's key."""
     shards: tuple[Shard, ...]
     """All sources' shards; their weights sum to 1."""
     tokenizer_sha256: str
@@ -73,11 +76,26 @@ def read_mixture(config: MixtureConfig, *, model_vocab_size: int) -> Mixture:
     return Mixture(
         names=tuple(source.name for source in config.sources),
         tokens=tuple(manifest.tokens for manifest in manifests),
+        identities=tuple((s.name, m.identity) for s, m in zip(config.sources, manifests, strict=True)),
         shards=shards,
         tokenizer_sha256=wanted,
         vocab_size=max(manifest.tokenizer.vocab_size for manifest in manifests),
         eos_id=manifests[0].tokenizer.eos_id,
     )
+
+
+def check_unchanged(mixture: Mixture, read: Sequence[tuple[str, str]], save: Path) -> None:
+    """Refuse to go on from a save if a source that it `read` (as `Mixture.identities`) holds something else by now.
+
+    Raises:
+        BadInput: so it is.
+    """
+    for name, identity in mixture.identities:
+        if name in dict(read) and (name, identity) not in read:
+            raise BadInput(
+                f"the data set of source {name} was prepared anew since {save}: going on would read other sequences",
+                fix="put the old one back, or begin a run of another name (--name)",
+            )
 
 
 def _check(folder: Path, manifest: Manifest, wanted: str, tokenizer: Path, model_vocab_size: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_octo import lineage, rundir
+from megatron_octo.budget.ledger import LedgerRecord, Phase
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig, ParallelConfig
 from megatron_octo.errors import BadInput
@@ -32,7 +33,15 @@ def _save(run: str, step: int, config: MidTrainConfig, *, done: bool = True) -> 
     folder.mkdir(parents=True)
     rundir.write_json(folder / "config.json", to_dict(config))
     rundir.write_json(folder / "model.json", to_dict(config.model))
-    TrainState(step=step).write(folder)
+    TrainState(step=step, tokens=step * config.batch_tokens).write(folder)
+    record = LedgerRecord(
+        planned_tokens=config.budget.train_tokens,
+        consumed_tokens=step * config.batch_tokens,
+        sources=(),
+        phases=(Phase(sources=config.data.sources),),
+        streams=(),
+    )
+    rundir.write_json(folder / "ledger.json", to_dict(record))
     if done:
         rundir.mark_done(folder)
     return folder
