@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 QUIET_PROGRESS_EVERY_S = 30.0
 WIDEST_NAME = 48  # of a table's first column, which is not broken up to there
@@ -85,6 +85,20 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     for row in cells:
         out.add_row(*row)
     Console().print(out)
+
+
+def tree(title: str, nodes: Mapping[str, Any]) -> None:
+    """Print nested lines, {line: {line below it: {...}}}, on stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    def grow(above: Tree, below: Mapping[str, Any]) -> Tree:
+        for line, children in below.items():
+            grow(above.add(escape(line)), children)
+        return above
+
+    Console().print(grow(Tree(escape(title)), nodes))
 
 
 def progress[T](items: Iterable[T], *, total: int | None, title: str) -> Iterator[T]:

@@ -6,11 +6,14 @@ the file tells the whole descent even when the parents are gone.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_octo.rundir import read_json, write_json
+from megatron_octo import __version__
+from megatron_octo.rundir import read_json, sha256, write_json
 
 FILE = "lineage.json"
 Kind = Literal["base", "import", "train", "export", "rl"]
@@ -30,6 +33,12 @@ class Lineage:
     """Optimizer step of the save; None where there is none."""
     tokens: int = 0
     """Tokens this link itself trained on."""
+    recipe_sha256: str = ""
+    """Fingerprint of the settings, of a training run."""
+    data: tuple[tuple[str, str], ...] = ()
+    """(source, identity of its data set) of all that it reads."""
+    code: str = ""
+    """What trained it, as `code_version` names it."""
     parent: Lineage | None = None
 
     def chain(self) -> list[Lineage]:
@@ -52,6 +61,15 @@ def write(folder: Path, lineage: Lineage) -> None:
     write_json(folder / FILE, asdict(lineage))
 
 
+@functools.cache
+def code_version() -> str:
+    """This package's version and the beginning of a hash over its sources, changes not yet committed included."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)} {sha256(path)}\n".encode())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
 def _from_dict(value: dict[str, Any]) -> Lineage:
-    parent = value.pop("parent", None)
-    return Lineage(**value, parent=_from_dict(parent) if parent else None)
+    parent, data = value.pop("parent", None), value.pop("data", ())
+    return Lineage(**value, data=tuple(map(tuple, data)), parent=_from_dict(parent) if parent else None)

@@ -53,7 +53,28 @@ def load_recipe[S: Settings](
         settings = _call(_pick(recipes.functions, name, kinds, f"{file}:{name}" if name else file), spec)
         if gpu:
             settings = _lay_out(settings, recipes.layouts, gpu, spec)
-    return _override(settings, overrides, prog=f"{command} {spec}") if overrides else settings
+    return override(settings, overrides, prog=f"{command} {spec}")
+
+
+def override[S: Settings](settings: S, overrides: Sequence[str], *, prog: str) -> S:
+    """`settings` with `overrides` applied, as `load_recipe` does it.
+
+    Raises:
+        BadInput: the result contradicts itself.
+    """
+    if not overrides:
+        return settings
+    import tyro
+
+    # The kind of a union field stays the recipe's; its fields are overridden like any others.
+    try:
+        return tyro.cli(
+            type(settings), default=settings, args=list(overrides), prog=prog, config=(tyro.conf.AvoidSubcommands,)
+        )
+    except ValueError as error:  # a check across sections; tyro reports those inside one section itself
+        if isinstance(error, SettingsError):
+            raise
+        raise BadInput(str(error), fix="correct the option") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,20 +202,6 @@ def _lay_out[S: Settings](settings: S, layouts: dict[str, Layout], gpu: str, spe
             fix=f"choose among: {', '.join(layouts) or 'none'}; or leave it out and give --parallel.* and the like",
         )
     return typing.cast(S, layouts[gpu].of(settings))
-
-
-def _override[S: Settings](settings: S, overrides: Sequence[str], *, prog: str) -> S:
-    import tyro
-
-    # The kind of a union field stays the recipe's; its fields are overridden like any others.
-    try:
-        return tyro.cli(
-            type(settings), default=settings, args=list(overrides), prog=prog, config=(tyro.conf.AvoidSubcommands,)
-        )
-    except ValueError as error:  # a check across sections; tyro reports those inside one section itself
-        if isinstance(error, SettingsError):
-            raise
-        raise BadInput(str(error), fix="correct the option") from error
 
 
 def _nearest_file(path: Path) -> str:

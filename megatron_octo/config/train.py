@@ -29,9 +29,23 @@ class FromRun(Settings):
     run: str
     """The parent run's name."""
     step: int | None = None
-    """The parent's save; None for its last."""
+    """The parent's save, by its step; None for its last."""
+    tokens: int | None = None
+    """The same, by the tokens that the parent had read then."""
     optimizer: bool = True
-    """Carry the optimizer's moments over. The paper does not state it; it is natural, since the rate is continuous."""
+    """Carry over the optimizer's moments, and in the parent's layout the random states too; False: weights alone.
+    The paper does not state it; it is natural, since the rate is continuous."""
+    skip_consumed: bool = False
+    """Of data sets that the parent reads too, read the sequences that come after those it read; False: all of them."""
+    rate_jump: bool = False
+    """Let the learning rate begin at another value than the parent's at that save."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.step is None or self.tokens is None,
+            f"start.step {self.step} and start.tokens {self.tokens} both name the parent's save",
+            fix="give one of them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +84,9 @@ class OptimizerConfig(Settings):
     eps: float = 1e-8
     """Added to the root of the second moment. Not in the paper."""
     weight_decay: float = 0.1
-    """The paper's Tables 3 and 4."""
+    """The paper's Tables 3 and 4; norms never decay."""
+    weight_decay_over_tokens: RateConfig | None = None
+    """A curve in place of that number, as learning_rate has one."""
     clip_norm: float = 1.0
     """Largest global gradient norm. Not in the paper."""
 
@@ -211,6 +227,16 @@ class MidTrainConfig(Settings):
             f"sequences x {self.data.seq_length:,} tokens = {batch:,}",
             fix=f"the nearest budget that is: {near[0]:,} ({near[0] // batch:,} steps)",
         )
+        for name, curve in (
+            ("learning_rate", self.learning_rate),
+            ("optimizer.weight_decay_over_tokens", self.optimizer.weight_decay_over_tokens),
+        ):
+            require(
+                curve is None or curve.fewest_tokens <= self.budget.train_tokens,
+                f"{name}: warm-up and decay take {curve.fewest_tokens if curve else 0:,} tokens, more than "
+                f"budget.train_tokens {self.budget.train_tokens:,}",
+                fix="shorten them, or raise the budget",
+            )
         require(
             self.budget.batch_sequences % self.budget.micro_batch_sequences == 0,
             f"budget.batch_sequences {self.budget.batch_sequences} does not divide by "

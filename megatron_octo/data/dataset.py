@@ -1,22 +1,28 @@
-"""One shard's samples: megatron's GPTDataset with our index under it.
+"""One shard's samples: megatron's GPTDataset with our index under it, read from the first or from where others stopped.
 
 megatron's own builds the index in several times the time and memory, and takes files torn by a kill for whole ones.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import copy
 import functools
+import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_octo.budget.ledger import Block, Stream
 from megatron_octo.console import logger, rank
 from megatron_octo.data.index import Array, IndexFiles, IndexOrder, open_index
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
 SAYS_AFTER_S = 2.0
@@ -80,6 +86,68 @@ def packed_dataset_class(answers_only: frozenset[str] = frozenset()) -> type[GPT
             )
 
     return PackedDataset
+
+
+def stream_dataset_class(answers_only: frozenset[str], read_before: Sequence[Stream]) -> type[Any]:
+    """The class of data set that a blend mixes: the samples of a shard that are unread.
+
+    They are those left of the blocks begun before, then those of a block of its own. Without any before, that block
+    alone is what megatron reads.
+
+    Args:
+        answers_only: as of `packed_dataset_class`.
+        read_before: what was.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    packed, before = packed_dataset_class(answers_only), {stream.prefix: stream for stream in read_before}
+
+    class StreamDataset:
+        """A shard, read on."""
+
+        build_low_level_dataset = staticmethod(GPTDataset.build_low_level_dataset)
+        numel_low_level_dataset = staticmethod(GPTDataset.numel_low_level_dataset)
+
+        def __init__(self, *arguments: Any) -> None:
+            shard, path, documents, num_samples, split, config = arguments
+
+            def make(block: Block) -> GPTDataset:
+                seeded = copy.copy(config)
+                seeded.random_seed = block.seed
+                return packed(shard, path, documents, block.num_samples, split, seeded)
+
+            prefix = Path(path).resolve()
+            begun = before.get(prefix, Stream(prefix=prefix, blocks=(), used=0))
+            self._blocks = [make(block) for block in begun.blocks]
+            missing = num_samples + begun.used - sum(len(block) for block in self._blocks)
+            own = Block(num_samples=missing, seed=config.random_seed + len(begun.blocks))
+            if missing > 0:
+                self._blocks.append(make(own))
+            self._ends = list(itertools.accumulate(len(block) for block in self._blocks))
+            self.stream = replace(begun, blocks=(*begun.blocks, own) if missing > 0 else begun.blocks)
+            """How far the shard was read before, and the blocks that this reads."""
+            self.index_split = split
+            self.unique_identifiers = {**self._blocks[-1].unique_identifiers, "stream": repr(self.stream)}
+
+        def __len__(self) -> int:
+            return self._ends[-1] - self.stream.used
+
+        def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+            block, entry = self._locate(number)
+            sample: dict[str, torch.Tensor] = self._blocks[block][entry]
+            return sample
+
+        def identity(self, number: int) -> tuple[int, int]:
+            """(block, sample of its index) of a sample."""
+            block, entry = self._locate(number)
+            return block, int(self._blocks[block].shuffle_index[entry])
+
+        def _locate(self, number: int) -> tuple[int, int]:
+            number = int(number) + self.stream.used
+            block = bisect.bisect_right(self._ends, number)
+            return block, number - (self._ends[block - 1] if block else 0)
+
+    return StreamDataset
 
 
 @contextlib.contextmanager

@@ -8,16 +8,16 @@ Shapes: b sequences of a micro-batch, s tokens of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_octo.budget.ledger import Stream
 from megatron_octo.data.borders import cut_at_documents
-from megatron_octo.data.dataset import packed_dataset_class, waiting_for_rank_0
+from megatron_octo.data.dataset import stream_dataset_class, waiting_for_rank_0
 
 if TYPE_CHECKING:
-    import numpy
     import torch
     from megatron.core.datasets.blended_dataset import BlendedDataset
 
@@ -33,12 +33,20 @@ def sequence_numbers(
 
 
 def build_dataset(
-    mixture: Mixture, *, num_sequences: int, seq_length: int, seed: int, cache: Path, reads_data: bool
+    mixture: Mixture,
+    *,
+    num_sequences: int,
+    seq_length: int,
+    seed: int,
+    cache: Path,
+    reads_data: bool,
+    read_before: Sequence[Stream] = (),
 ) -> BlendedDataset | None:
-    """The stage's sequences in their shuffled, blended order; None on a rank with `reads_data` False.
+    """Sequences in their shuffled, blended order; None on a rank with `reads_data` False.
 
     All ranks call it together, and rank 0 must read: it writes the index files into `cache`, the others load
     them. Documents are packed end to end and cut; a source that is too short is repeated, reshuffled each time.
+    Of a shard in `read_before` the sequences read then come first no more: those after them do.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
@@ -56,28 +64,28 @@ def build_dataset(
         create_attention_mask=False,
     )
     sizes = [num_sequences, 0, 0]
-    dataset_class = packed_dataset_class(
-        frozenset(str(shard.prefix) for shard in mixture.shards if shard.loss == "answers")
-    )
+    answers_only = frozenset(str(shard.prefix) for shard in mixture.shards if shard.loss == "answers")
+    dataset_class = stream_dataset_class(answers_only, read_before)
     builder = BlendedMegatronDatasetBuilder(dataset_class, sizes, lambda: reads_data, config)
     with waiting_for_rank_0(cache):
         dataset: BlendedDataset | None = builder.build()[0]
     return dataset
 
 
-def source_order(dataset: BlendedDataset, mixture: Mixture) -> numpy.ndarray:
-    """For each sequence of the stage, in the order of reading, the index of its source."""
-    import numpy
+class Sequences(Protocol):
+    """What loaders read: sequences by their numbers in the stage."""
 
-    return numpy.asarray([shard.source for shard in mixture.shards])[numpy.asarray(dataset.dataset_index)]
+    def __getitem__(self, number: int, /) -> dict[str, torch.Tensor]:
+        """`tokens`, `labels`, `loss_mask`, `position_ids`, each [s]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loader:
     """What one data rank reads."""
 
-    dataset: BlendedDataset | None
-    """From `build_dataset`; None on a rank that reads nothing."""
+    dataset: Sequences | None
+    """From `open_phase`; None on a rank that reads nothing."""
     data_rank: int
     data_ranks: int
     micro_batch_sequences: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_octo.config.data import MixtureConfig
@@ -21,15 +21,26 @@ class SourcePlan:
     """Tokens that the stage reads, repeats included."""
     sequences: int
     max_epochs: float
+    read_before: int = 0
+    """Tokens that the stage read of it in earlier phases."""
 
     @property
     def epochs(self) -> float:
         """How often the stage reads the source."""
-        return self.tokens / self.available
+        return (self.read_before + self.tokens) / self.available
 
 
-def plan(config: MixtureConfig, *, available: Sequence[int], train_tokens: int) -> tuple[SourcePlan, ...]:
-    """The plan, sources in the recipe's order; `available` are the tokens of their data sets."""
+def plan(
+    config: MixtureConfig, *, available: Sequence[int], train_tokens: int, read_before: Mapping[str, int] | None = None
+) -> tuple[SourcePlan, ...]:
+    """The plan, sources in the recipe's order.
+
+    Args:
+        config: the mixture.
+        available: tokens of the sources' data sets.
+        train_tokens: to read by this mixture.
+        read_before: tokens of sources, by name, that the stage read by others.
+    """
     return tuple(
         SourcePlan(
             name=source.name,
@@ -38,6 +49,7 @@ def plan(config: MixtureConfig, *, available: Sequence[int], train_tokens: int) 
             tokens=round(source.weight * train_tokens),
             sequences=round(source.weight * train_tokens / config.seq_length),
             max_epochs=source.max_epochs,
+            read_before=(read_before or {}).get(source.name, 0),
         )
         for source, tokens in zip(config.sources, available, strict=True)
     )
@@ -52,10 +64,11 @@ def check_repeats(plans: Sequence[SourcePlan]) -> None:
     for each in plans:
         if each.epochs > each.max_epochs:
             total = round(each.tokens / each.weight)
+            earlier = f" + {each.read_before:,} read before" if each.read_before else ""
+            most = max(0.0, each.max_epochs * each.available - each.read_before) / total
             raise BadInput(
                 f"source {each.name} would repeat too often: weight {each.weight:g} x {total:,} tokens = "
-                f"{each.tokens:,} of {each.available:,} available = {each.epochs:.2f} epochs, more than max_epochs "
-                f"{each.max_epochs:g}",
-                fix=f"lower its weight to {each.max_epochs * each.available / total:.4g} or less, prepare more of it, "
-                "or raise its max_epochs",
+                f"{each.tokens:,}{earlier} of {each.available:,} available = {each.epochs:.2f} epochs, more than "
+                f"max_epochs {each.max_epochs:g}",
+                fix=f"lower its weight to {most:.4g} or less, prepare more of it, or raise its max_epochs",
             )

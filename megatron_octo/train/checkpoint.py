@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo import lineage
-from megatron_octo.config.base import to_dict
+from megatron_octo.config.base import fingerprint, to_dict
 from megatron_octo.console import logger
 from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE, put_weights, sharded_weights
 from megatron_octo.rundir import new_folder, sha256_folder, step_folder, write_atomic, write_json
@@ -110,6 +110,9 @@ def link(
         weights_sha256=weights_sha256,
         step=state.step,
         tokens=state.tokens,
+        recipe_sha256=fingerprint(config),
+        data=state.data,
+        code=lineage.code_version(),
         parent=parent,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ class Metrics:
         """Seconds of training so far, earlier attempts included."""
         return self._offset + self._last - self._started
 
-    def record(self, step: int, result: StepResult, rate: float) -> None:
-        """Write the numbers of the step that just ended."""
+    def record(self, step: int, result: StepResult, rate: float, more: Mapping[str, float]) -> None:
+        """Write the numbers of the step that just ended, and `more`, by name."""
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         row: dict[str, Any] = {
@@ -51,6 +52,7 @@ class Metrics:
             "train/loss": result.loss,
             "optim/lr": rate,
             "optim/grad_norm": result.grad_norm,
+            **more,
             "throughput/tokens_per_second": self._plan.batch_tokens / seconds,
             "time_s": self.time_s,
         }

@@ -35,15 +35,15 @@ def build_optimizer(wrapped: Sequence[Any], config: MidTrainConfig) -> Any:
 
 
 def set_numbers(optimizer: Any, config: MidTrainConfig) -> None:
-    """Give every parameter group this stage's decay, betas and eps; loading a save brings the parent's."""
+    """Give every parameter group this stage's betas and eps; loading a save brings the parent's."""
     ours = config.optimizer
     for group in optimizer.param_groups:
-        group["weight_decay"] = ours.weight_decay * group["wd_mult"]  # 0 for norms
         group["betas"] = (ours.beta1, ours.beta2)
         group["eps"] = ours.eps
 
 
-def set_rate(optimizer: Any, rate: float) -> None:
-    """Give every parameter group the learning rate of the coming step."""
+def set_rates(optimizer: Any, *, rate: float, weight_decay: float) -> None:
+    """Give every parameter group the learning rate and the weight decay of the coming step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+        group["weight_decay"] = weight_decay * group["wd_mult"]  # 0 for norms

@@ -9,33 +9,34 @@ import contextlib
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo import lineage, rundir
-from megatron_octo.budget import ledger
-from megatron_octo.budget.schedule import rate_at
-from megatron_octo.config.base import to_dict
+from megatron_octo.budget.schedule import rate_at, weight_decay_at
+from megatron_octo.config.base import fingerprint, to_dict
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig, TrainPlan
 from megatron_octo.console import duration, logger
-from megatron_octo.data import mix
-from megatron_octo.data.loader import Loader, build_dataset, source_order
+from megatron_octo.data.loader import Loader
 from megatron_octo.data.mixture import Mixture, check_unchanged, read_mixture
-from megatron_octo.errors import BadInput
+from megatron_octo.data.phase import open_ledger, open_phase
 from megatron_octo.model.build import check_platform
-from megatron_octo.model.weights import check_shape, load_weights
+from megatron_octo.model.weights import load_weights
 from megatron_octo.platform import resolve
 from megatron_octo.platform.process_group import model_parallel, world
 from megatron_octo.train import checkpoint
 from megatron_octo.train.distributed import Place, build_chunks, from_source, place, wrap_chunks
 from megatron_octo.train.metrics import Metrics
-from megatron_octo.train.optimizer import build_optimizer, set_numbers, set_rate
-from megatron_octo.train.state import TrainState, latest_save, read_state, save_at
+from megatron_octo.train.optimizer import build_optimizer, set_numbers, set_rates
+from megatron_octo.train.start import check_budget, data_phases, shared_data, start_folder
+from megatron_octo.train.state import TrainState, latest_save, read_state
 from megatron_octo.train.step import train_step
 
 if TYPE_CHECKING:
+    from megatron_octo.budget.ledger import Phase
     from megatron_octo.platform import Platform
 
 # What a rerun of a run folder may change: it moves work between ranks, or only says how to watch and keep it.
@@ -51,7 +52,9 @@ MAY_DIFFER = (
     "save",
     "log_every_steps",
 )
-FIX = "give this run another name (--name), or the settings of the folder"
+# What it may change when asked to weigh its data anew (--reweigh).
+REWEIGHED = ("data.sources",)
+FIX = "give this run another name (--name), or the settings of the folder; --reweigh goes on with other data.sources"
 REPORTED_PACKAGES = ("megatron_octo", "torch", "megatron-core", "transformer-engine", "numpy")
 
 
@@ -67,22 +70,23 @@ class Inputs:
     """The descent of the weights it started from."""
 
 
-def train(config: MidTrainConfig) -> None:
+def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
     """Train the stage to its end, from its last save if it has one. All ranks call it.
 
     Returns at once if the run is done. Afterwards the run folder holds metrics.jsonl, saves and DONE.
+    With `reweigh`, data.sources may differ from the run folder's: from its last save on the stage reads the new ones.
 
     Raises:
         BadInput: see `check`; or the run folder is in use. Nothing was changed.
         OctoError: the loss is not finite.
     """
     log, run, me = logger(__name__), rundir.run_folder(config.name), world()
-    if finished(config):
+    if finished(config, reweigh=reweigh):
         log.info("%s is done: nothing to train", run)
         return
     if me.rank == 0:
         rundir.check_free(run)
-    inputs, platform = check(config, me.size), resolve()
+    inputs, platform = check(config, me.size, reweigh=reweigh), resolve()
     check_platform(config.parallel, platform)
     with contextlib.ExitStack() as stack:
         if me.rank == 0:
@@ -92,39 +96,38 @@ def train(config: MidTrainConfig) -> None:
         _train(config, inputs, platform, run)
 
 
-def finished(config: MidTrainConfig) -> bool:
+def finished(config: MidTrainConfig, *, reweigh: bool = False) -> bool:
     """Whether the run is done; reads only.
 
     Raises:
         BadInput: the run folder was made with other settings.
     """
     run = rundir.run_folder(config.name)
-    rundir.check_config(run, to_dict(config), fix=FIX, may_differ=MAY_DIFFER)
-    return rundir.is_done(run)
+    done = rundir.is_done(run)
+    may_differ = MAY_DIFFER + REWEIGHED if reweigh and not done else MAY_DIFFER
+    rundir.check_config(run, to_dict(config), fix=FIX, may_differ=may_differ)
+    return done
 
 
-def check(config: MidTrainConfig, world_size: int) -> Inputs:
+def check(config: MidTrainConfig, world_size: int, *, reweigh: bool = False) -> Inputs:
     """Check everything that can be wrong before torch loads; reads only.
 
     Raises:
         BadInput: the layout does not fit the ranks; the run folder was made with other settings; a data set, the
-            import or the parent's save is missing, or a data set was prepared anew since the last save; the tokenizer
-            or the weights do not fit the model.
+            import or the parent's save is missing, does not fit, or was prepared anew since the last save.
     """
     plan = config.resolve(world_size)
-    run = rundir.run_folder(config.name)
-    rundir.check_config(run, to_dict(config), fix=FIX, may_differ=MAY_DIFFER)
+    finished(config, reweigh=reweigh)
     mixture = read_mixture(config.data, model_vocab_size=config.model.vocab_size)
-    mix.check_repeats(mix.plan(config.data, available=mixture.tokens, train_tokens=config.budget.train_tokens))
-    resumed = latest_save(run)
+    resumed = latest_save(rundir.run_folder(config.name))
     if resumed is not None:  # the start is behind it: its folder may be gone
         check_unchanged(mixture, read_state(resumed).data, resumed)
-        return Inputs(plan=plan, mixture=mixture, start_folder=None, parent=lineage.read(resumed).parent)
-    folder = _start_folder(config)
-    if folder is None:
-        return Inputs(plan=plan, mixture=mixture, start_folder=None, parent=None)
-    check_shape(config.model, folder)
-    return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=lineage.read_if_present(folder))
+        folder, parent = None, lineage.read(resumed).parent
+    else:
+        folder = start_folder(config, mixture)
+        parent = lineage.read_if_present(folder) if folder else None
+    check_budget(config, mixture, data_phases(config, resumed, folder)[-1])
+    return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=parent)
 
 
 def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path) -> None:
@@ -132,24 +135,16 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     plan, here = inputs.plan, place()
+    save: Path | None = from_source(latest_save(run))
     cut = not config.data.across_documents  # then every stage finds the documents' borders in the tokens
     if here.is_source:
         _write_records(config, inputs, platform, run)
 
     # data
-    index = run / "index"
-    if here.is_source and not rundir.is_done(index):
-        shutil.rmtree(index, ignore_errors=True)  # megatron takes a file torn by a kill for a whole one
-    dataset = build_dataset(
-        inputs.mixture,
-        num_sequences=plan.num_steps * config.budget.batch_sequences,
-        seq_length=config.data.seq_length,
-        seed=config.data.shuffle_seed,
-        cache=index,
-        reads_data=here.reads_data or cut,
-    )
-    if here.is_source:
-        rundir.mark_done(index)
+    phases = data_phases(config, save, inputs.start_folder)
+    logger(__name__).info("%s", phases[-1].describe())
+    with _whole_index(run / "index", phases[-1], is_source=here.is_source) as index:
+        dataset = open_phase(config, inputs.mixture, phases[-1], cache=index, reads_data=here.reads_data or cut)
     loader = Loader(
         dataset=dataset,
         data_rank=here.data_rank,
@@ -159,13 +154,13 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
         device=platform.device,
         cut_after=inputs.mixture.eos_id if cut else None,
     )
-    order = source_order(dataset, inputs.mixture) if here.is_source else None
+    ledger = open_ledger(config, inputs.mixture, phases, dataset) if here.is_source and dataset is not None else None
 
     # model and optimizer
     chunks = build_chunks(config, platform)
     wrapped = wrap_chunks(chunks, config)
     optimizer = build_optimizer(wrapped, config)
-    state = _fill(config, inputs, run, chunks, optimizer, layout=_layout(config, here, platform))
+    state = _fill(config, inputs, save, chunks, optimizer, layout=_layout(config, here, platform))
 
     # steps
     schedule = get_forward_backward_func()
@@ -174,7 +169,8 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
         chunk.train()
     while state.step < plan.num_steps:
         rate = rate_at(config.learning_rate, state.tokens, config.budget.train_tokens)
-        set_rate(optimizer, rate)
+        weight_decay = weight_decay_at(config.optimizer, state.tokens, config.budget.train_tokens)
+        set_rates(optimizer, rate=rate, weight_decay=weight_decay)
         result = train_step(
             wrapped,
             optimizer,
@@ -189,8 +185,9 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
             consumed_sequences=state.consumed_sequences + config.budget.batch_sequences,
             tokens=state.tokens + plan.batch_tokens,
         )
-        if metrics:
-            metrics.record(state.step, result, rate)
+        if metrics and ledger:
+            more = {"optim/weight_decay": weight_decay, **ledger.numbers(state.consumed_sequences)}
+            metrics.record(state.step, result, rate, more)
         if state.step % config.save.every_steps == 0 or state.step == plan.num_steps:
             if metrics:
                 metrics.flush()
@@ -202,7 +199,7 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
                 chunks=chunks,
                 wrapped=wrapped,
                 optimizer=optimizer,
-                ledger=_ledger(config, inputs, order, state),
+                ledger=to_dict(ledger.record(state.consumed_sequences)) if ledger else {},
                 parent=inputs.parent,
             )
 
@@ -216,94 +213,50 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
 
 
 def _fill(
-    config: MidTrainConfig, inputs: Inputs, run: Path, chunks: list[Any], optimizer: Any, *, layout: str
+    config: MidTrainConfig, inputs: Inputs, save: Path | None, chunks: list[Any], optimizer: Any, *, layout: str
 ) -> TrainState:
-    """Give model and optimizer their values: this run's last save, else the start's. All ranks call it."""
+    """Give model and optimizer their values: this run's save, if it has one, else the start's. All ranks call it."""
     log = logger(__name__)
-    save: Path | None = from_source(latest_save(run))
     if save is not None:
         state = read_state(save)
         checkpoint.load(save, chunks=chunks, optimizer=optimizer, same_layout=state.layout == layout)
         log.info("resumed after step %s from %s", f"{state.step:,}", save)
-        state = replace(state, layout=layout, data=inputs.mixture.identities)
     else:
-        state = TrainState(layout=layout, data=inputs.mixture.identities)
+        state = TrainState()
         start = config.start
         if isinstance(start, FromImport):
             assert inputs.start_folder is not None
             load_weights(chunks, inputs.start_folder)
         elif isinstance(start, FromRun):
             assert inputs.start_folder is not None
+            log.info("%s", shared_data(start, inputs.mixture, inputs.start_folder))
             checkpoint.load(
                 inputs.start_folder,
                 chunks=chunks,
                 optimizer=optimizer if start.optimizer else None,
-                same_layout=False,
+                same_layout=start.optimizer and read_state(inputs.start_folder).layout == layout,
             )
         if not (isinstance(start, FromRun) and start.optimizer):
             optimizer.reload_model_params()  # the fp32 copies follow the weights just loaded
         log.info("started from %s", inputs.start_folder or f"random weights, seed {config.seed}")
     set_numbers(optimizer, config)
-    return state
+    mixture = inputs.mixture
+    return replace(state, layout=layout, data=mixture.identities, tokenizer_sha256=mixture.tokenizer_sha256)
 
 
-def _start_folder(config: MidTrainConfig) -> Path | None:
-    """The folder whose weights the stage starts from.
-
-    Raises:
-        BadInput: it is not there, or not whole.
-    """
-    start = config.start
-    if isinstance(start, FromImport):
-        if not rundir.is_done(start.path):
-            state = "is not finished: it has no DONE" if start.path.exists() else "does not exist"
-            raise BadInput(
-                f"start.path {start.path} {state}",
-                fix=f"run `octo convert from-hf HF_FOLDER {start.path}`, or correct start.path",
-            )
-        return start.path
-    if isinstance(start, FromRun):
-        return _parent_save(start, config)
-    return None
+def index_is_whole(folder: Path, phase: Phase) -> bool:
+    """Whether `folder` has the whole index of the phase."""
+    return rundir.is_done(folder) and (folder / rundir.DONE).read_text().strip() == fingerprint(phase)
 
 
-def _parent_save(start: FromRun, config: MidTrainConfig) -> Path:
-    parent = rundir.run_folder(start.run)
-    if start.step is None and not rundir.is_done(parent):
-        state = "has not finished" if parent.exists() else "does not exist"
-        raise BadInput(
-            f"the parent run {parent} {state}",
-            fix="train it to its end first (`octo train`), or name one of its saves with --start.step",
-        )
-    save = latest_save(parent) if start.step is None else save_at(parent, start.step)
-    if save is None:
-        raise BadInput(
-            f"the parent run {parent} has no save{'' if start.step is None else f' at step {start.step:,}'}",
-            fix="correct start.run or start.step",
-        )
-    theirs = rundir.read_json(save / "config.json")["parallel"]["distributed_optimizer"]
-    if start.optimizer and theirs != config.parallel.distributed_optimizer:
-        raise BadInput(
-            f"the moments in {save} were saved with parallel.distributed_optimizer {theirs}, this run has "
-            f"{config.parallel.distributed_optimizer}",
-            fix="use the parent's setting, or start without its moments (start.optimizer False)",
-        )
-    return save
-
-
-def _ledger(config: MidTrainConfig, inputs: Inputs, order: Any, state: TrainState) -> dict[str, Any]:
-    """The content of ledger.json on rank 0; empty on the others, which do not know the order."""
-    if order is None:
-        return {}
-    lines = ledger.count(
-        order,
-        names=inputs.mixture.names,
-        available=inputs.mixture.tokens,
-        planned_sequences=inputs.plan.num_steps * config.budget.batch_sequences,
-        consumed_sequences=state.consumed_sequences,
-        seq_length=config.data.seq_length,
-    )
-    return ledger.to_json(lines)
+@contextlib.contextmanager
+def _whole_index(folder: Path, phase: Phase, *, is_source: bool) -> Iterator[Path]:
+    """A folder for the phase's index: rank 0 empties it unless a block like this one, of this phase, ended."""
+    if is_source and not index_is_whole(folder, phase):
+        shutil.rmtree(folder, ignore_errors=True)  # megatron takes a file torn by a kill for a whole one
+    yield folder
+    if is_source:
+        rundir.mark_done(folder, fingerprint(phase))
 
 
 def _layout(config: MidTrainConfig, here: Place, platform: Platform) -> str:
@@ -328,7 +281,7 @@ def _write_records(config: MidTrainConfig, inputs: Inputs, platform: Platform, r
         },
     )
     rundir.write_atomic(run / "plan.txt", inputs.plan.arithmetic(config) + "\n")
-    lineage.write(run, checkpoint.link(config, inputs.parent, TrainState()))
+    lineage.write(run, checkpoint.link(config, inputs.parent, TrainState(data=inputs.mixture.identities)))
 
 
 def _version(package: str) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_octo.config.base import Settings, read_settings, to_dict
-from megatron_octo.rundir import DONE, is_done, step_folder, write_json
+from megatron_octo.rundir import DONE, step_folder, write_json
 
 FILE = "state.json"
 
@@ -25,9 +25,10 @@ class TrainState(Settings):
     """Seconds of training, earlier attempts included."""
     layout: str = ""
     """The ranks and layers that saved it; random states and layers' own records come back only into the same ones."""
-
     data: tuple[tuple[str, str], ...] = ()
     """(source, identity of its data set), as `Mixture.identities`: a resume goes on with the same or not at all."""
+    tokenizer_sha256: str = ""
+    """The tokenizer of the data, as `Mixture.tokenizer_sha256`: a branch goes on with the same or not at all."""
 
     def write(self, folder: Path) -> None:
         """Write `state.json`."""
@@ -48,9 +49,3 @@ def latest_save(run: Path) -> Path | None:
     """The last whole save of a run, None if it has none."""
     steps = saved_steps(run)
     return step_folder(run, steps[-1]) if steps else None
-
-
-def save_at(run: Path, step: int) -> Path | None:
-    """The whole save after `step`, None if there is none."""
-    folder = step_folder(run, step)
-    return folder if is_done(folder) else None

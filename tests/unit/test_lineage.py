@@ -1,7 +1,10 @@
 """The descent of a model, kept whole in each folder."""
 
+import re
+
 from megatron_octo import lineage
 from megatron_octo.lineage import Lineage
+from megatron_octo.rundir import write_json
 
 
 def test_a_lineage_survives_the_disk_with_all_its_ancestors(tmp_path):
@@ -12,3 +15,23 @@ def test_a_lineage_survives_the_disk_with_all_its_ancestors(tmp_path):
     assert lineage.read(tmp_path) == branch
     assert [link.name for link in lineage.read(tmp_path).chain()] == ["base", "stable", "decay"]
     assert lineage.read_if_present(tmp_path / "nothing") is None
+
+
+def test_a_training_runs_link_has_its_recipe_its_data_and_its_code(tmp_path):
+    link = Lineage(
+        name="x",
+        kind="train",
+        weights_sha256="a",
+        recipe_sha256="b",
+        data=(("web", "c"), ("chat", "d")),
+        code=lineage.code_version(),
+    )
+    lineage.write(tmp_path, link)
+    assert lineage.read(tmp_path) == link
+    assert re.fullmatch(r"0\.1\.0\+[0-9a-f]{12}", link.code)
+
+
+def test_a_link_that_an_earlier_version_wrote_is_read(tmp_path):
+    old = {"name": "x", "kind": "train", "weights_sha256": "a", "step": 1, "tokens": 2, "parent": None}
+    write_json(tmp_path / "lineage.json", old)
+    assert lineage.read(tmp_path) == Lineage(name="x", kind="train", weights_sha256="a", step=1, tokens=2)

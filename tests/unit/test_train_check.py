@@ -8,14 +8,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_octo import lineage, rundir
+from megatron_octo.budget.ledger import Block, LedgerRecord, Phase, SourceTokens, Stream
 from megatron_octo.config.base import to_dict
+from megatron_octo.config.schedule import ConstantRate, CosineRate, LinearRate
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig, ParallelConfig
 from megatron_octo.errors import BadInput
 from megatron_octo.train.run import check, finished
+from megatron_octo.train.start import data_phases
 from megatron_octo.train.state import TrainState, latest_save, saved_steps
 from tests.conftest import REPOSITORY, snapshot
 from tests.prepared import MODEL, stage, write_data, write_source
@@ -28,12 +32,20 @@ def config(runs: Path, tmp_path: Path) -> MidTrainConfig:
     return stage(tmp_path / "data", "run")
 
 
-def _save(run: str, step: int, config: MidTrainConfig, *, done: bool = True) -> Path:
+def _save(run: str, step: int, config: MidTrainConfig, *, done: bool = True, **record: Any) -> Path:
     folder = rundir.step_folder(rundir.run_folder(run), step)
     folder.mkdir(parents=True)
     rundir.write_json(folder / "config.json", to_dict(config))
     rundir.write_json(folder / "model.json", to_dict(config.model))
-    TrainState(step=step).write(folder)
+    TrainState(step=step, tokens=step * config.batch_tokens).write(folder)
+    ledger = LedgerRecord(
+        planned_tokens=config.budget.train_tokens,
+        consumed_tokens=step * config.batch_tokens,
+        sources=record.get("sources", ()),
+        phases=(Phase(sources=config.data.sources),),
+        streams=record.get("streams", ()),
+    )
+    rundir.write_json(folder / "ledger.json", to_dict(ledger))
     if done:
         rundir.mark_done(folder)
     return folder
@@ -101,6 +113,61 @@ def test_a_run_does_not_go_on_over_data_that_were_prepared_anew(config, tmp_path
         check(config, 1)
 
 
+def test_a_parents_save_by_its_tokens(config):
+    saves = [_save("stable", step, config) for step in (5, 10)]
+    tokens = 10 * config.batch_tokens
+    assert check(replace(config, start=FromRun(run="stable", tokens=tokens)), 1).start_folder == saves[1]
+    with pytest.raises(BadInput) as refused:
+        check(replace(config, start=FromRun(run="stable", tokens=tokens + 1)), 1)
+    assert f"no save at {tokens + 1:,} tokens" in refused.value.what
+    assert refused.value.fix == "its saves: 1,280 tokens (step 5), 2,560 tokens (step 10)"
+
+
+def test_a_branch_cannot_start_from_itself(config):
+    _save("run", 5, config, done=False)
+    with pytest.raises(BadInput, match=r"run cannot start from itself\n.*--name"):
+        check(replace(config, start=FromRun(run="run", step=5)), 1)
+
+
+@pytest.mark.parametrize(
+    ("parents", "branchs", "rate"),
+    [
+        (ConstantRate(peak=3e-3), CosineRate(peak=2e-3, floor=0.0), "0.003"),
+        (ConstantRate(peak=3e-3), CosineRate(peak=3e-3, floor=0.0, warmup_tokens=1000), "0.003"),
+        (LinearRate(peak=3e-3, floor=0.0), CosineRate(peak=3e-3, floor=0.0), "0.00225"),
+    ],
+)
+def test_a_learning_rate_that_would_jump_is_refused_unless_allowed(config, parents, branchs, rate):
+    _save("stable", 5, replace(config, learning_rate=parents))
+    branch = replace(config, learning_rate=branchs, start=FromRun(run="stable", step=5))
+    with pytest.raises(BadInput, match=rf"would jump: {rate} in .*\n.*begin at {rate} .*start.rate_jump"):
+        check(branch, 1)
+    check(replace(branch, start=replace(branch.start, rate_jump=True)), 1)
+    check(replace(branch, learning_rate=ConstantRate(peak=float(rate))), 1)
+
+
+def test_a_branch_keeps_its_parents_tokenizer(config):
+    save = _save("stable", 5, config)
+    TrainState(step=5, tokenizer_sha256="1" * 64).write(save)
+    branch = replace(config, start=FromRun(run="stable", step=5))
+    with pytest.raises(BadInput, match=r"learned from another tokenizer's ids \(111111111111\)"):
+        check(branch, 1)
+    TrainState(step=5, tokenizer_sha256=check(config, 1).mixture.tokenizer_sha256).write(save)
+    check(branch, 1)
+
+
+def test_a_branch_reads_on_after_its_parent_only_if_asked(config):
+    streams = (Stream(prefix=Path("/a/00000"), blocks=(Block(num_samples=9, seed=1),), used=4),)
+    save = _save("stable", 5, config, streams=streams)
+    branch = replace(config, start=FromRun(run="stable", step=5))
+    asked = replace(branch, start=replace(branch.start, skip_consumed=True))
+    assert data_phases(branch, None, save) == (Phase(sources=config.data.sources),)
+    assert data_phases(asked, None, save) == (Phase(sources=config.data.sources, streams=streams),)
+    shorter = replace(asked, data=replace(asked.data, seq_length=16))
+    with pytest.raises(BadInput, match=r"sequences of 16 tokens; those that .* read have 32"):
+        check(shorter, 1)
+
+
 def test_a_torn_save_is_never_selected(config):
     run = rundir.run_folder("run")
     _save("run", 5, config)
@@ -130,6 +197,49 @@ def test_a_rerun_may_change_the_layout_the_saves_and_the_log(config):
         log_every_steps=1,
     )
     assert not finished(changed)
+
+
+def _weighed(config: MidTrainConfig, a: float) -> MidTrainConfig:
+    first, second = config.data.sources
+    sources = (replace(first, weight=a), replace(second, weight=1 - a))
+    return replace(config, data=replace(config.data, sources=sources))
+
+
+def test_other_weights_are_refused_unless_asked_for_before_the_end(config):
+    rundir.write_json(rundir.run_folder("run") / "config.json", to_dict(config))
+    with pytest.raises(BadInput, match=r"(?s)0\.weight: 0\.7 in the folder, 0\.5 asked for\n.*--reweigh"):
+        finished(_weighed(config, 0.5))
+    assert not finished(_weighed(config, 0.5), reweigh=True)
+    with pytest.raises(BadInput, match="seed: 1234 in the folder"):
+        finished(replace(_weighed(config, 0.5), seed=99), reweigh=True)
+    rundir.mark_done(rundir.run_folder("run"))
+    with pytest.raises(BadInput, match="other settings"):
+        finished(_weighed(config, 0.5), reweigh=True)
+
+
+def test_epochs_of_a_source_count_what_was_read_by_other_weights(config):
+    rundir.write_json(rundir.run_folder("run") / "config.json", to_dict(config))
+    tokens, size = check(config, 1).mixture.tokens[1], config.batch_tokens
+    line = SourceTokens(name="b", available=tokens, planned=0, consumed=2 * tokens, planned_epochs=0.0, epochs=2.0)
+    save = _save("run", 10, config, sources=(line,))
+    lineage.write(save, lineage.Lineage(name="run", kind="train", weights_sha256="2"))
+    other = _weighed(config, 0.5)
+    a, b = other.data.sources
+    capped = replace(other, data=replace(other.data, sources=(a, replace(b, max_epochs=2.1))))
+    epochs = 2 + 10 * size * 0.5 / tokens
+    assert epochs > 2.1
+    message = rf"weight 0.5 x {10 * size:,} tokens = {5 * size:,} \+ {2 * tokens:,} read before .* {epochs:.2f} epochs"
+    with pytest.raises(BadInput, match=message):
+        check(capped, 1, reweigh=True)
+
+
+def test_a_run_that_has_read_its_budget_cannot_be_weighed_anew(config):
+    rundir.write_json(rundir.run_folder("run") / "config.json", to_dict(config))
+    save = _save("run", 20, config)
+    lineage.write(save, lineage.Lineage(name="run", kind="train", weights_sha256="2"))
+    check(config, 1)
+    with pytest.raises(BadInput, match="none is left to weigh anew"):
+        check(_weighed(config, 0.5), 1, reweigh=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""What the run folders say of themselves: state, tokens, what is left, and the tree of their descent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_octo import lineage, rundir
+from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.errors import BadInput
+from megatron_octo.report.runs import find_run, forest, ledger, read_run, read_runs, saves
+from megatron_octo.train.state import TrainState
+from tests import finished_runs
+from tests.conftest import REPOSITORY, snapshot
+
+
+@pytest.fixture
+def pipeline(runs: Path) -> PipelineConfig:
+    """The miniature, all of it done."""
+    config = finished_runs.pipeline()
+    finished_runs.write_runs(config)
+    return config
+
+
+@pytest.fixture
+def stable(pipeline: PipelineConfig) -> Path:
+    """The folder of its stable stage, cut off after its save of step 780."""
+    folder = rundir.run_folder(pipeline.stable.name)
+    (folder / rundir.DONE).unlink()
+    for step in (390, 780):
+        save = rundir.step_folder(folder, step)
+        TrainState(step=step, tokens=step * 1024).write(save)
+        line = {"name": "web", "planned": 9, "consumed": step}
+        rundir.write_json(save / "ledger.json", {"sources": [line]})
+        rundir.mark_done(save)
+    rundir.step_folder(folder, 1170).mkdir()  # torn
+    return folder
+
+
+def test_done_runs(pipeline):
+    states = {run.name: (run.kind, run.state, run.tokens, run.step) for run in read_runs(rundir.runs_root())}
+    assert states["miniature-stable"] == ("train", "done", 1_597_440, 1560)
+    assert states["miniature-rl-long"] == ("rl", "done", 0, 30)
+    assert len(states) == 7
+
+
+def test_a_run_that_was_cut_off_stands_at_its_last_whole_save(stable):
+    run = read_run(stable)
+    assert run
+    assert run.describe() == "stopped at step 780 of 1,560"
+    assert run.tokens == 780 * 1024
+    assert saves(run) == [{"step": 390, "tokens": 390 * 1024}, {"step": 780, "tokens": 780 * 1024}]
+    assert ledger(run) == [{"name": "web", "planned": 9, "consumed": 780}]
+
+
+def test_a_run_whose_lock_is_held_runs_and_says_how_long_yet(stable):
+    rows = [{"step": step, "tokens": step * 1024, "time_s": 2.0 * step} for step in range(1, 1001)]
+    finished_runs.write_lines(stable / "metrics.jsonl", rows)
+    with (stable / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1001, "tok')
+    with rundir.lock(stable):
+        run = read_run(stable)
+    assert run
+    assert run.describe() == "running at step 1,000 of 1,560, eta 18m40s"
+    assert run.eta_s == pytest.approx(1120)
+    assert run.tokens == 1000 * 1024
+
+
+def test_a_run_that_never_saved(stable):
+    shutil.rmtree(stable / "checkpoints")
+    run = read_run(stable)
+    assert run
+    assert (run.describe(), run.tokens, saves(run), ledger(run)) == ("not saved yet", 0, [], [])
+
+
+def test_the_tree_goes_from_the_base_over_stable_and_branches_to_rl(stable, pipeline):
+    branch = rundir.run_folder(pipeline.branches[0].name)
+    _, _, stage, _, link = lineage.read(branch).chain()
+    lineage.write(branch, replace(link, parent=replace(stage, tokens=5)))  # as trained once more; its RL is older
+    shutil.rmtree(pipeline.rl[2].output / "hf")  # RL that has written no model yet
+    (pipeline.rl[2].output / rundir.DONE).unlink()
+    (base,) = forest(read_runs(rundir.runs_root())).items()
+    assert base[0] == "random-base (base ba5eba5eba5e)"
+    ((_, runs),) = base[1].items()
+    ((line, branches),) = runs.items()
+    assert line == "miniature-stable  train  stopped at step 780 of 1,560  798,720 tokens"
+    assert {line: [each.split("  ")[0] for each in below] for line, below in branches.items()} == {
+        "miniature-decay-hybrid  after 1,597,440 tokens  train  done  491,520 tokens": ["miniature-rl-hybrid"],
+        "miniature-decay-long  after 1,597,440 tokens  train  done  491,520 tokens": ["miniature-rl-long"],
+        "miniature-decay-short  after 5 tokens  train  done  491,520 tokens": ["miniature-rl-short"],
+    }
+
+
+def test_a_run_is_found_by_name_or_folder(pipeline):
+    folder = rundir.run_folder("miniature-stable")
+    assert find_run("miniature-stable") == find_run(str(folder))
+    with pytest.raises(BadInput, match=r"no run 'stable' in .*\n.*miniature-decay-hybrid, "):
+        find_run("stable")
+
+
+def test_nothing_is_written_and_no_torch_is_loaded(pipeline, runs):
+    before = snapshot(runs)
+    script = (
+        "import sys\nfrom megatron_octo.cli.runs import main\n"
+        "main(['list', '--json']); main(['tree']); main(['show', 'miniature-rl-long'])\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'megatron.core', 'pydantic', 'transformers')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[: done.stdout.index("\n]") + 2])[0]["name"] == "miniature-decay-hybrid"
+    assert snapshot(runs) == before
