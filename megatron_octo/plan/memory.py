@@ -94,14 +94,15 @@ def layer_bytes(config: MidTrainConfig, *, fp8: bool, recompute: str = "none") -
     qkv = model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
     dtype = DTYPE_BYTES[config.precision.dtype]
     operand = FP8_BYTES if fp8 else dtype  # what a matrix product keeps of its input
-    norms, split = 2 * h * dtype, (qkv + 2 * f) * dtype  # inputs of both norms; queries, keys, values, gate and up
     if recompute == "full":
-        norms, split = h * dtype, 0  # the layer's input alone
-    elif recompute == "none":
-        norms += 2 * h * operand  # the norms' results, inputs of products
-        split += heads * dtype + 4 * model.num_heads + f * operand  # attention, its fp32 statistics; gate x up
-        split += heads * operand if fp8 else 0  # in the ordinary format it is the attention's result itself
-    return norms // (parallel.tensor if parallel.sequence else 1) + split // parallel.tensor
+        norms, attention, mlp = h * dtype, 0, 0  # the layer's input alone
+    else:
+        norms = 2 * h * dtype + 2 * h * operand  # both norms' inputs, and their results, inputs of products
+        attention = (qkv + heads) * dtype + 4 * model.num_heads  # queries, keys, values, result; fp32 statistics
+        attention += heads * operand if fp8 else 0  # else the product keeps the result itself
+        mlp = 2 * f * dtype  # gate and up
+        mlp += 0 if recompute == "selective" and not fp8 else f * operand  # silu(gate) x up
+    return norms // (parallel.tensor if parallel.sequence else 1) + (attention + mlp) // parallel.tensor
 
 
 def chunks_in_flight(config: MidTrainConfig, plan: TrainPlan, stage: int) -> int:

@@ -176,3 +176,20 @@ def test_the_controlled_runs_start_from_the_base_with_the_papers_cosine():
         assert (run.learning_rate.kind, run.learning_rate.peak, run.learning_rate.floor) == ("cosine", 3e-5, 3e-6)
         nominal = 100e9 if run.name.endswith("100b") else 20e9
         assert abs(run.budget.train_tokens - nominal) <= run.batch_tokens / 2
+
+
+def layout_row(file: str, gpu: str) -> str:
+    """A row of the table of layouts in docs/training.md."""
+    config = load(f"{file}.py:stable_200b@{gpu}")
+    p, fp8 = config.parallel, config.precision.fp8
+    cut = f"{p.tensor}{' + sequence' if p.sequence else ''} / {p.pipeline} / {p.context}"
+    gib = " / ".join(f"{rank_memory(config, config.resolve(ranks)).total_gib:.0f}" for ranks in WORLD_SIZES)
+    precision = "BF16" if fp8 == "off" else f"FP8 {fp8}"
+    micro_batch = config.budget.micro_batch_sequences
+    compute = config.compute.recompute
+    return f"| `{file}` | {gpu} | {cut} | {micro_batch} | {compute} | {precision} | {gib} of {GPU_GIB[gpu]} |"
+
+
+@pytest.mark.parametrize(("file", "gpu"), [*product(PARAMETERS, GPU_GIB)])
+def test_the_documents_table_of_layouts_is_what_the_files_say(file, gpu):
+    assert layout_row(file, gpu) in (REPOSITORY / "docs" / "training.md").read_text().splitlines()
