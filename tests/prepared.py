@@ -91,7 +91,13 @@ def write_documents(folder: Path, tokenizer: Path, shards: list[list[list[int]]]
             )
         )
     record = TokenizerRecord(
-        path=tokenizer, sha256=tokenizer_sha256(tokenizer), vocab_size=vocab_size, bos_id=None, eos_id=EOS
+        path=tokenizer,
+        sha256=tokenizer_sha256(tokenizer),
+        vocab_size=vocab_size,
+        bos_token=None,
+        bos_id=None,
+        eos_token="</s>",
+        eos_id=EOS,
     )
     write_manifest(
         folder,

@@ -1,7 +1,7 @@
 """Megatron-Core's IndexedDataset on disk, PREFIX.bin and PREFIX.idx, without loading torch.
 
-The bytes are those of `megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder` with one sequence
-a document. Training reads them with Megatron's own IndexedDataset.
+The bytes are those of `megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder` with one sequence a document, and
+none for a document without ids. Training reads them with Megatron's own IndexedDataset.
 
     .bin  token ids, one document after the other
     .idx  magic, version, dtype code, counts; int32 lengths; int64 byte offsets; int64 document bounds
@@ -81,10 +81,11 @@ class IndexedWriter:
         self._bin.close()
 
     def _write_index(self) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
+        documents = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
+        lengths = documents[documents > 0]
         ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
         offsets = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
-        bounds = np.arange(len(lengths) + 1, dtype=np.int64)
+        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(documents > 0, dtype=np.int64)])
         header = HEADER.pack(MAGIC, VERSION, CODES[self._dtype.name], len(lengths), len(bounds))
         digest = hashlib.sha256()
         with self._prefix.with_name(f"{self._prefix.name}.idx").open("wb") as file:
@@ -97,7 +98,7 @@ class IndexedWriter:
 
 
 def read_documents(prefix: Path, count: int) -> list[list[int]]:
-    """The ids of a shard's first `count` documents.
+    """The ids of a shard's first `count` documents that have any.
 
     Raises:
         BadInput: the index is not one of these.

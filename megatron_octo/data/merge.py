@@ -79,6 +79,8 @@ def _merged(
 def _check_alike(first: Path, one: Manifest, folder: Path, other: Manifest) -> None:
     pairs = [(field, getattr(one, field), getattr(other, field)) for field in ALIKE]
     pairs.append(("tokenizer", one.tokenizer.sha256[:12], other.tokenizer.sha256[:12]))
+    for field in ("bos_token", "eos_token"):
+        pairs.append((field, getattr(one.tokenizer, field), getattr(other.tokenizer, field)))
     marked, others = (all(shard.loss_sha256 for shard in each.shards) for each in (one, other))
     pairs.append(("mark_answers", marked, others))
     differing = [f"{field} {a!r} and {b!r}" for field, a, b in pairs if a != b]
