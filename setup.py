@@ -17,6 +17,7 @@ CORE = [
     "pyarrow>=18",
     "safetensors>=0.5",
     "sentencepiece>=0.2.1",
+    "protobuf>=5",  # what a SentencePiece model is written in
     "tokenizers>=0.22",
     "gigatoken==0.10.0",
     "tiktoken>=0.7",  # reads Llama-3's tokenizer.model

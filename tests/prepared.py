@@ -90,7 +90,14 @@ def write_documents(folder: Path, tokenizer: Path, shards: list[list[list[int]]]
                 idx_sha256=writer.idx_sha256,
             )
         )
-    record = TokenizerRecord(sha256=tokenizer_sha256(tokenizer), vocab_size=vocab_size, bos_id=None, eos_id=EOS)
+    record = TokenizerRecord(
+        sha256=tokenizer_sha256(tokenizer),
+        vocab_size=vocab_size,
+        bos_token=None,
+        bos_id=None,
+        eos_token="</s>",
+        eos_id=EOS,
+    )
     config = PrepareConfig(
         name=folder.name, input=Path("x.jsonl"), template="text", tokenizer=tokenizer, output=Path(), bos=False
     )

@@ -78,6 +78,11 @@ class PrepareConfig(Settings):
     """Begin each document with the beginning-of-text id. The paper does not state it."""
     eos: bool = True
     """End each document with the end-of-text id. The paper does not state it."""
+    bos_token: str | None = None
+    """How the token that begins documents is spelt; None for the tokenizer's own."""
+    eos_token: str | None = None
+    """How the token that ends documents is spelt; None for the tokenizer's own. For Llama 3 that is <|end_of_text|>,
+    though the folders of its chat models state <|eot_id|>."""
     mark_answers: bool = False
     """Write NNNNN.loss, a byte a token: 1 where the token is part of an answer (or is the id that ends the
     document), for mixtures with loss on answers only. Not for templates text and format."""

@@ -68,19 +68,22 @@ class _Text:
     held_out: bool
 
 
-def text_renderer(config: PrepareConfig) -> Render:
+def text_renderer(config: PrepareConfig, *, keep_empty: bool = False) -> Render:
     """The function from a source's records to their texts."""
     return renderer(
         config.template,
         columns=config.columns,
         format_string=config.format_string,
         chat_models=config.chat_models,
+        keep_empty=keep_empty,
     )
 
 
-def encoder(config: PrepareConfig, tokenizer: Tokenizer) -> Callable[[Piece], EncodedPiece]:
+def encoder(
+    config: PrepareConfig, tokenizer: Tokenizer, *, keep_empty: bool = False
+) -> Callable[[Piece], EncodedPiece]:
     """The function from a piece to what is made of it. It depends on nothing else, so any process may call it."""
-    render = text_renderer(config)
+    render = text_renderer(config, keep_empty=keep_empty)
     begin = [tokenizer.bos_id] if config.bos and tokenizer.bos_id is not None else []
     end = [tokenizer.eos_id] if config.eos and tokenizer.eos_id is not None else []
     dtype, held_out = token_type(tokenizer.vocab_size), _held_out(config.validation_share)
@@ -116,7 +119,7 @@ def encoder(config: PrepareConfig, tokenizer: Tokenizer) -> Callable[[Piece], En
     def documents(texts: Sequence[_Text]) -> Documents:
         encoded = tokenizer.encode_flat([each.rendered.text for each in texts])
         _check_not_forged(encoded, borders, texts)
-        ids, lengths = _framed(encoded, begin, end, dtype)
+        ids, lengths = (_framed_if_any if keep_empty and not begin else _framed)(encoded, begin, end, dtype)
         marks = None
         if config.mark_answers:
             marks = _framed_marks(_marks(encoded, [each.rendered for each in texts], tokenizer), encoded, begin, end)
@@ -195,6 +198,17 @@ def _framed(
     for shift, index in enumerate(end):
         out[ends + shift] = index
     return out, (lengths + len(begin) + len(end)).astype(np.int32)
+
+
+def _framed_if_any(
+    encoded: Encoded, begin: Sequence[int], end: Sequence[int], dtype: TokenType
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same, but a text that has no ids stays without any."""
+    some = np.diff(encoded.offsets) > 0
+    ids, found = _framed(Encoded(encoded.ids, encoded.offsets[np.append(some, True)]), begin, end, dtype)
+    lengths = np.zeros(len(some), np.int32)
+    lengths[some] = found
+    return ids, lengths
 
 
 def _framed_marks(marks: np.ndarray, encoded: Encoded, begin: Sequence[int], end: Sequence[int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Megatron-Core's IndexedDataset on disk, PREFIX.bin and PREFIX.idx, without loading torch.
 
-The bytes are those of `megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder` with one sequence
-a document. Training reads them with Megatron's own IndexedDataset.
+The bytes are those of `megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder` with one sequence a document, and
+none for a document without ids. Training reads them with Megatron's own IndexedDataset.
 
     .bin  token ids, one document after the other
     .idx  magic, version, dtype code, counts; int32 lengths; int64 byte offsets; int64 document bounds
@@ -92,13 +92,17 @@ class IndexedWriter:
         self.idx_sha256 = digest.hexdigest()
 
 
-def index_parts(lengths: np.ndarray, dtype: np.dtype[Any]) -> Iterator[bytes]:
-    """What the .idx of documents of such int32 lengths holds: header, lengths, byte offsets, document bounds."""
-    yield HEADER.pack(MAGIC, VERSION, CODES[dtype.name], len(lengths), len(lengths) + 1)
+def index_parts(documents: np.ndarray, dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """What the .idx of documents of such int32 lengths holds: header, lengths, byte offsets, document bounds.
+
+    A document without ids has bounds, but no length of its own.
+    """
+    lengths = documents[documents > 0]
+    yield HEADER.pack(MAGIC, VERSION, CODES[dtype.name], len(lengths), len(documents) + 1)
     yield lengths.tobytes()
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    yield np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)].tobytes()
-    yield np.arange(len(lengths) + 1, dtype=np.int64).tobytes()
+    zero = np.zeros(1, np.int64)
+    yield np.concatenate([zero, np.cumsum(lengths, dtype=np.int64) * dtype.itemsize])[: len(lengths)].tobytes()
+    yield np.concatenate([zero, np.cumsum(documents > 0, dtype=np.int64)]).tobytes()
 
 
 def read_lengths(prefix: Path, count: int | None = None) -> tuple[np.ndarray, np.dtype[Any]]:
@@ -120,7 +124,7 @@ def read_lengths(prefix: Path, count: int | None = None) -> tuple[np.ndarray, np
 
 
 def read_documents(prefix: Path, count: int) -> list[list[int]]:
-    """The ids of a shard's first `count` documents.
+    """The ids of a shard's first `count` documents that have any.
 
     Raises:
         BadInput: the index is not one of these.

@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_octo.config.base import Settings, read_settings, require, to_dict
 from megatron_octo.config.data import PrepareConfig
 from megatron_octo.errors import BadInput
-from megatron_octo.rundir import is_done, sha256, write_json
+from megatron_octo.rundir import is_done, read_json, sha256, write_json
 
 FILE = "manifest.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+END_OF_TEXT, TURN_ENDS = "<|end_of_text|>", ("<|eot_id|>", "<|eom_id|>")  # Llama 3's
 TOKEN_BYTES = {"uint16": 2, "int32": 4}
 PREPARE = "run `octo data prepare RECIPE` with the recipe that holds this source"
 
@@ -50,10 +51,14 @@ class TokenizerRecord(Settings):
     """`tokenizer_sha256` of it: what two data sets must share to be mixed."""
     vocab_size: int
     """Ids are below this."""
+    bos_token: str | None
+    """How the token that begins documents is spelt, None if the tokenizer has none."""
     bos_id: int | None
-    """The beginning-of-text id, None if the tokenizer has none."""
+    """Its id."""
+    eos_token: str | None
+    """How the token that ends documents is spelt, None if the tokenizer has none."""
     eos_id: int | None
-    """The end-of-text id, None if the tokenizer has none."""
+    """Its id."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,14 +167,40 @@ def tokenizer_file(path: Path) -> Path:
 
 def tokenizer_sha256(path: Path) -> str:
     """Identity of a tokenizer: one hash over a folder's tokenizer.json and tokenizer.model, whichever there are, or
-    over the one file given.
+    over the one file given; and over the tokens that begin and end documents.
 
     Raises:
         BadInput: `path` holds neither.
     """
-    return hashlib.sha256(
-        "".join(f"{each.name} {sha256(each)}\n" for each in _tokenizer_files(path)).encode()
-    ).hexdigest()
+    files = "".join(f"{each.name} {sha256(each)}\n" for each in _tokenizer_files(path))
+    return hashlib.sha256(f"{files}{document_tokens(path)}".encode()).hexdigest()
+
+
+def document_tokens(path: Path) -> tuple[str | None, str | None]:
+    """The tokens that begin and end documents unless a source says otherwise: those that tokenizer_config.json states.
+
+    The folders of Llama 3's chat models state the end of a turn; the end of a text takes its place.
+    """
+    bos, eos = stated_tokens(path)
+    return bos, END_OF_TEXT if eos in TURN_ENDS else eos
+
+
+def stated_tokens(path: Path) -> tuple[str | None, str | None]:
+    """bos_token and eos_token of the tokenizer_config.json beside a tokenizer.json; other files know their own."""
+    config = tokenizer_config(path) if tokenizer_file(path).suffix == ".json" else {}
+    return spelling(config.get("bos_token")), spelling(config.get("eos_token"))
+
+
+def tokenizer_config(path: Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside the file that encodes; empty if there is none."""
+    settings = tokenizer_file(path).with_name("tokenizer_config.json")
+    config: dict[str, Any] = read_json(settings) if settings.is_file() else {}
+    return config
+
+
+def spelling(token: Any) -> str | None:
+    """The text of a token that tokenizer_config.json gives as a string or as {"content": string}."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _tokenizer_files(path: Path) -> list[Path]:

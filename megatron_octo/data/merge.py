@@ -25,6 +25,8 @@ MAY_DIFFER = (
     "hub",
     "facts",
     "output",
+    "bos_token",  # which token it is says the tokenizer's record
+    "eos_token",
     "on_bad_record",
     "most_bad_share",
     "piece_bytes",

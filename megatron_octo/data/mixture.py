@@ -53,8 +53,8 @@ def read_mixture(config: MixtureConfig, *, model_vocab_size: int) -> Mixture:
 
     Raises:
         BadInput: a data set is missing or unfinished, was prepared with another tokenizer, or has no tokens; the
-            tokenizer has more ids than the model has rows; a source with loss on answers has no marks of them; its
-            documents are to be cut and have no end-of-text id; a data set is in it with both kinds of loss.
+            tokenizer has more ids than the model has rows; a source with loss on answers has no marks of them;
+            documents are to be cut and do not all end with one id; a data set is in it with both kinds of loss.
     """
     manifests = [read_manifest(source.path) for source in config.sources]
     wanted = tokenizer_sha256(config.tokenizer)
@@ -62,6 +62,8 @@ def read_mixture(config: MixtureConfig, *, model_vocab_size: int) -> Mixture:
         _check(source.path, manifest, wanted, config.tokenizer, model_vocab_size)
         _check_masks(source, manifest, across_documents=config.across_documents)
     _check_same_loss(config.sources)
+    if not config.across_documents:
+        _check_same_end(config.sources, manifests)
     shards = tuple(
         Shard(
             prefix=source.path / shard.prefix,
@@ -134,6 +136,17 @@ def _check_masks(source: SourceConfig, manifest: Manifest, *, across_documents: 
             raise BadInput(
                 f"{path} has {path.stat().st_size:,} bytes; its shard has {shard.tokens:,} tokens",
                 fix=f"copy it again, or {PREPARE}",
+            )
+
+
+def _check_same_end(sources: Sequence[SourceConfig], manifests: Sequence[Manifest]) -> None:
+    first = manifests[0].tokenizer
+    for source, manifest in zip(sources, manifests, strict=True):
+        if manifest.tokenizer.eos_id != first.eos_id:
+            raise BadInput(
+                f"data.across_documents is off, but documents of {sources[0].path} end with {first.eos_token}, "
+                f"those of {source.path} with {manifest.tokenizer.eos_token}",
+                fix="prepare both with the same eos_token (`octo data prepare`), or leave data.across_documents on",
             )
 
 

@@ -38,6 +38,7 @@ from megatron_octo.data.manifest import (
     ShardRecord,
     TokenizerRecord,
     read_manifest,
+    stated_tokens,
     tokenizer_sha256,
     write_manifest,
 )
@@ -88,11 +89,12 @@ class Progress(Settings):
     """What wrote the shards, with versions."""
 
 
-def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Manifest:
+def prepare(config: PrepareConfig, *, num_workers: int | None = None, keep_empty: bool = False) -> Manifest:
     """Write the shards and the manifest of one source; a finished one is only read, an unfinished one goes on.
 
     Args:
         num_workers: processes that encode; None for one a core.
+        keep_empty: take texts without letters as Megatron's own tool does, not as bad records.
 
     Raises:
         BadInput: an input is missing, damaged, or changed meanwhile; a record is bad, or with `skip` too many are;
@@ -108,7 +110,8 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None) -> Manifes
     try:
         with lock(config.output):
             claim(config.output, to_dict(config))
-            manifest = _write(config, tokenizer, inputs, num_workers or default_workers())
+            _say_tokens(config, tokenizer)
+            manifest = _write(config, tokenizer, inputs, num_workers or default_workers(), keep_empty=keep_empty)
             _finish(config, manifest)
     except BaseException as error:
         if new and not (config.output / PROGRESS).exists():
@@ -187,12 +190,16 @@ def check(config: PrepareConfig) -> tuple[Tokenizer, Inputs]:
     Raises:
         BadInput: an input or the tokenizer is missing, or the tokenizer lacks a control id that is asked for.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
-    for name, wanted, index in (("bos", config.bos, tokenizer.bos_id), ("eos", config.eos, tokenizer.eos_id)):
+    tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
+    for name, wanted, token, index in (
+        ("bos", config.bos, config.bos_token, tokenizer.bos_id),
+        ("eos", config.eos, config.eos_token, tokenizer.eos_id),
+    ):
         if wanted and index is None:
             raise BadInput(
-                f"source {config.name} asks for {name}, and the tokenizer {config.tokenizer} has no {name}_token",
-                fix=f"set {name}=False, or name the token in tokenizer_config.json",
+                f"source {config.name} asks for {name}, and the tokenizer {config.tokenizer} has no "
+                f"{token or f'{name}_token'}",
+                fix=f"set {name}=False, or name one of its tokens: {name}_token in the recipe or tokenizer_config.json",
             )
     begun = read_settings(Progress, config.output / PROGRESS) if (config.output / PROGRESS).exists() else None
     token_bytes = TOKEN_BYTES[token_type(tokenizer.vocab_size)]
@@ -201,7 +208,25 @@ def check(config: PrepareConfig) -> tuple[Tokenizer, Inputs]:
     )
 
 
-def _write(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs, num_workers: int) -> Manifest:
+def _say_tokens(config: PrepareConfig, tokenizer: Tokenizer) -> None:
+    """Which ids begin and end the documents; a warning where the tokenizer's folder states another end."""
+    begin = f"{tokenizer.bos_token} ({tokenizer.bos_id})" if config.bos else "no id of their own"
+    end = f"{tokenizer.eos_token} ({tokenizer.eos_id})" if config.eos else "none"
+    log.info("prepare %s: documents begin with %s and end with %s", config.name, begin, end)
+    _, stated = stated_tokens(config.tokenizer)
+    if config.eos and not config.eos_token and stated not in (None, tokenizer.eos_token):
+        log.warning(
+            "prepare %s: tokenizer_config.json states %s, which ends a turn of a chat, not a document; "
+            "eos_token=%r in the recipe would end documents with it",
+            config.name,
+            stated,
+            stated,
+        )
+
+
+def _write(
+    config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs, num_workers: int, *, keep_empty: bool
+) -> Manifest:
     """All shards from where an earlier attempt stopped, then the manifest."""
     folder, began = config.output, time.monotonic()
     progress = _resume(config, tokenizer, inputs)
@@ -209,6 +234,7 @@ def _write(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs, num_work
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = accelerated(tokenizer, _sample(config, inputs.open(progress.file)))
     progress = replace(progress, packages=tuple(sorted({*progress.packages, *_packages(tokenizer)})))
+    encode = encoder(config, tokenizer, keep_empty=keep_empty)
     with ThreadPoolExecutor(1) as hashing:
         # its thread begins with the first file, after the workers have been forked
         reading = _Reading(config, inputs, progress, hashing)
@@ -216,7 +242,7 @@ def _write(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs, num_work
         with (
             contextlib.closing(shards),
             console.meter(f"prepare {config.name}", reading.total_bytes) as show,
-            contextlib.closing(ordered(encoder(config, tokenizer), reading.pieces(), num_workers)) as results,
+            contextlib.closing(ordered(encode, reading.pieces(), num_workers)) as results,
         ):
             for result, place in zip(results, reading.places(), strict=True):
                 shards.add(result, place)
@@ -506,7 +532,9 @@ def _manifest(config: PrepareConfig, tokenizer: Tokenizer, done: Progress) -> Ma
         tokenizer=TokenizerRecord(
             sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
+            bos_token=tokenizer.bos_token,
             bos_id=tokenizer.bos_id,
+            eos_token=tokenizer.eos_token,
             eos_id=tokenizer.eos_id,
         ),
         sources=done.hashed,

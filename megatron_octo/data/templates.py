@@ -47,8 +47,11 @@ def renderer(
     columns: Sequence[tuple[str, str]] = (),
     format_string: str = "",
     chat_models: Sequence[str] = (),
+    keep_empty: bool = False,
 ) -> Render:
-    """The function that turns records into texts; the parameters are PrepareConfig's."""
+    """The function that turns records into texts; the parameters are PrepareConfig's, but for `keep_empty`: whether a
+    text may be empty.
+    """
     paths = dict(columns)
 
     def field(record: Any, name: str) -> Any:
@@ -65,7 +68,7 @@ def renderer(
         rendered = shape(record)
         if rendered is None:
             return None
-        if not rendered.text.strip():
+        if not keep_empty and not rendered.text.strip():
             raise BadRecord("empty document")
         try:
             rendered.text.encode()

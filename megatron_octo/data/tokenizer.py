@@ -1,6 +1,14 @@
 """Text to ids: Hugging Face's tokenizer.json, a SentencePiece model, or Llama-3's tiktoken file.
 
-Text is data: what spells a control token is encoded as ordinary text, as tiktoken's `encode_ordinary` does.
+Text is data: what spells a control token is encoded as ordinary text, as tiktoken's `encode_ordinary` does. For that
+the control tokens bear other names in the vocabulary that text is matched against. Control tokens are
+
+* of a tokenizer.json: the added tokens with `special`;
+* of a SentencePiece model: its control pieces, its unknown piece, and user-defined pieces that are spelt `<|...|>`;
+* of both: what tokenizer_config.json lists as special, and the tokens that begin and end documents.
+
+Other added tokens and user-defined pieces (`<think>`, a digit, a run of spaces) are there for text, which becomes them.
+
 `accelerated` puts gigatoken in place of the tokenizer's own library where both give the same ids.
 """
 
@@ -19,12 +27,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from megatron_octo import console
-from megatron_octo.data.manifest import tokenizer_file, tokenizer_sha256
+from megatron_octo.data.manifest import (
+    document_tokens,
+    spelling,
+    tokenizer_config,
+    tokenizer_file,
+    tokenizer_sha256,
+)
 from megatron_octo.errors import BadInput
 from megatron_octo.rundir import read_json
 
 if TYPE_CHECKING:
     import tokenizers
+
+UNHEARD = "\ufffe\uffff"
+"""Ends the names of control tokens where text must not become them: no characters, so no text has them."""
 
 # Llama 3: Meta's models/llama3/tokenizer.py, which the file itself does not state
 LLAMA3_RANKS = 128_000
@@ -82,16 +99,20 @@ class Tokenizer:
     """The text of some ids; tokenizer.json spells control ids out."""
     vocab_size: int
     """The highest id plus one."""
-    bos_id: int | None
+    bos_token: str | None
     """Begins a document; None if the tokenizer has none."""
-    eos_id: int | None
+    bos_id: int | None
+    """Its id."""
+    eos_token: str | None
     """Ends a document; None if the tokenizer has none."""
+    eos_id: int | None
+    """Its id."""
     controls: tuple[str, ...]
     """How its control tokens are spelt."""
     sha256: str
     """`manifest.tokenizer_sha256`."""
     engine: str
-    """The library that encodes."""
+    """The library that ordinary."""
     fast: Callable[[], Any]
     """Makes the same tokenizer of gigatoken's; may fail in any way."""
 
@@ -105,25 +126,30 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, *, bos_token: str | None = None, eos_token: str | None = None) -> Tokenizer:
     """The tokenizer in a Hugging Face folder, or in one of the files that such a folder holds.
+
+    Args:
+        bos_token: spelling of the token that begins documents; None for the tokenizer's own.
+        eos_token: spelling of the token that ends documents; None for the tokenizer's own.
 
     Raises:
         BadInput: `path` is neither, or the file is of a kind that is not known.
     """
     sha256, file = tokenizer_sha256(path), tokenizer_file(path)
-    settings = file.with_name("tokenizer_config.json")
-    config = read_json(settings) if settings.is_file() else {}
-    if file.suffix == ".json":
-        return _of_json(_read_json_tokenizer(file), config, sha256)
-    if (num_ranks := _tiktoken_ranks(file)) is None:
-        return _of_sentencepiece(file, sha256)
-    if num_ranks != LLAMA3_RANKS:
+    num_ranks = None if file.suffix == ".json" else _tiktoken_ranks(file)
+    if num_ranks not in (None, LLAMA3_RANKS):
         raise BadInput(
             f"{file} is a tiktoken file of {num_ranks:,} ranks, which does not say how text is split",
             fix=f"give that model's tokenizer.json; of tiktoken files, Llama-3's ({LLAMA3_RANKS:,} ranks) is known",
         )
-    return _of_json(_llama3(file), {"bos_token": LLAMA3_CONTROLS[0], "eos_token": LLAMA3_CONTROLS[1]}, sha256)
+    bos, eos = LLAMA3_CONTROLS[:2] if num_ranks else document_tokens(path)
+    stated = _Stated(bos=bos_token or bos, eos=eos_token or eos, special=_special(tokenizer_config(path)))
+    if num_ranks:
+        return _of_json(_llama3(file), stated, sha256)
+    if file.suffix == ".json":
+        return _of_json(_read_json_tokenizer(file), stated, sha256)
+    return _of_sentencepiece(file, stated, sha256)
 
 
 def check_vocabulary(model: Path) -> None:
@@ -208,14 +234,36 @@ def _read_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise BadInput(f"{path} is no tokenizer: {error}", fix="give a whole tokenizer.json") from error
 
 
-def _of_json(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], sha256: str) -> Tokenizer:
+class _Stated(NamedTuple):
+    """What is known of a tokenizer's tokens besides the file that ordinary."""
+
+    bos: str | None
+    """Begins documents; None for a SentencePiece model's own."""
+    eos: str | None
+    """Ends documents; None for a SentencePiece model's own."""
+    special: frozenset[str]
+    """Control tokens, whatever the file says of them."""
+
+
+def _special(config: dict[str, Any]) -> frozenset[str]:
+    """The tokens that tokenizer_config.json lists as special."""
+    listed = [token for token in (config.get("added_tokens_decoder") or {}).values() if token.get("special")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = config.get(key) or ()
+        listed += tokens.values() if isinstance(tokens, dict) else tokens
+    return frozenset(name for name in map(spelling, listed) if name)
+
+
+def _of_json(tokenizer: tokenizers.Tokenizer, stated: _Stated, sha256: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # literal control tokens in a text are text
-    controls = tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    controls = _controls(ids, special, stated)
+    ordinary = _without(tokenizer, controls, special)
 
     def encode_flat(texts: Sequence[str]) -> Encoded:
-        return _flat([each.ids for each in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)])
+        return _flat([each.ids for each in ordinary.encode_batch_fast(list(texts), add_special_tokens=False)])
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -223,17 +271,21 @@ def _of_json(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], sha256: st
     def fast() -> Any:
         import gigatoken
 
-        definition = json.loads(tokenizer.to_str())
+        definition = json.loads(ordinary.to_str())
         definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["special"]]
         definition["post_processor"] = None
         return gigatoken.Tokenizer.from_json(json.dumps(definition))
 
+    bos_token, bos_id = _token_and_id(ids, stated.bos)
+    eos_token, eos_id = _token_and_id(ids, stated.eos)
     return Tokenizer(
         encode_flat=encode_flat,
         decode=decode,
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        bos_id=_control_id(tokenizer, config.get("bos_token")),
-        eos_id=_control_id(tokenizer, config.get("eos_token")),
+        vocab_size=max(ids.values()) + 1,
+        bos_token=bos_token,
+        bos_id=bos_id,
+        eos_token=eos_token,
+        eos_id=eos_id,
         controls=controls,
         sha256=sha256,
         engine="tokenizers",
@@ -241,36 +293,93 @@ def _of_json(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], sha256: st
     )
 
 
-def _control_id(tokenizer: tokenizers.Tokenizer, token: Any) -> int | None:
-    """The id of a token that tokenizer_config.json names as a string or as {"content": string}."""
-    name = token.get("content") if isinstance(token, dict) else token
-    return None if name is None else tokenizer.token_to_id(name)
+def _without(tokenizer: tokenizers.Tokenizer, controls: Sequence[str], special: set[str]) -> tokenizers.Tokenizer:
+    """The same tokenizer, but no text becomes one of `controls`."""
+    import tokenizers as hf
+
+    if special.issuperset(controls) and tokenizer.get_vocab(with_added_tokens=False).keys().isdisjoint(controls):
+        tokenizer.encode_special_tokens = True  # they are added tokens and nothing else: this alone makes them text
+        return tokenizer
+    names = {control: f"{control}{UNHEARD}" for control in controls}
+    definition = json.loads(tokenizer.to_str())
+    for token in definition["added_tokens"]:
+        if token["content"] in names:
+            token.update(content=names[token["content"]], special=True)
+    model, vocab = definition["model"], definition["model"]["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): index for piece, index in vocab.items()}
+    else:  # a Unigram's pieces with their scores
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if names.keys().isdisjoint({*pair, "".join(pair)})]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    definition["post_processor"] = None  # it knows the old names
+    out = hf.Tokenizer.from_str(json.dumps(definition))
+    out.encode_special_tokens = True
+    return out
 
 
-def _of_sentencepiece(path: Path, sha256: str) -> Tokenizer:
-    model = path.read_bytes()
-    processor = sentencepiece_processor(model, str(path))
-    size = processor.get_piece_size()
+def _of_sentencepiece(path: Path, stated: _Stated, sha256: str) -> Tokenizer:
+    from sentencepiece import sentencepiece_model_pb2
+
+    data = path.read_bytes()
+    processor = sentencepiece_processor(data, str(path))
+    model = sentencepiece_model_pb2.ModelProto.FromString(data)
+    ids = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    own_bos, own_eos = (
+        processor.id_to_piece(index) if index >= 0 else None for index in (processor.bos_id(), processor.eos_id())
+    )
+    stated = stated._replace(bos=stated.bos or own_bos, eos=stated.eos or own_eos)
+    special = {piece.piece for piece in model.pieces if _is_control(piece)}
+    controls = _controls(ids, special, stated)
+    for piece in model.pieces:
+        if piece.piece in controls and piece.type != piece.UNKNOWN:  # no text becomes an unknown piece
+            piece.type = piece.CONTROL
+            piece.piece += UNHEARD  # gigatoken goes by the name
+    hidden = model.SerializeToString()
+    ordinary = sentencepiece_processor(hidden, str(path))
 
     def encode_flat(texts: Sequence[str]) -> Encoded:
-        return _flat(processor.encode(list(texts), num_threads=1))
+        return _flat(ordinary.encode(list(texts), num_threads=1))
 
     def fast() -> Any:
         import gigatoken
 
-        return gigatoken.Tokenizer.from_sentencepiece(model)
+        return gigatoken.Tokenizer.from_sentencepiece(hidden)
 
+    bos_token, bos_id = _token_and_id(ids, stated.bos)
+    eos_token, eos_id = _token_and_id(ids, stated.eos)
     return Tokenizer(
         encode_flat=encode_flat,
         decode=lambda ids: str(processor.decode(list(ids))),
-        vocab_size=size,
-        bos_id=processor.bos_id() if processor.bos_id() >= 0 else None,
-        eos_id=processor.eos_id() if processor.eos_id() >= 0 else None,
-        controls=tuple(processor.id_to_piece(i) for i in range(size) if processor.is_control(i)),
+        vocab_size=len(ids),
+        bos_token=bos_token,
+        bos_id=bos_id,
+        eos_token=eos_token,
+        eos_id=eos_id,
+        controls=controls,
         sha256=sha256,
         engine="sentencepiece",
         fast=fast,
     )
+
+
+def _is_control(piece: Any) -> bool:
+    """Whether a SentencePiece model's piece is a control token: by its kind; or by its name, if a user defined it."""
+    named = piece.piece.startswith("<|") and piece.piece.endswith("|>")
+    return piece.type in (piece.CONTROL, piece.UNKNOWN) or (piece.type == piece.USER_DEFINED and named)
+
+
+def _controls(ids: dict[str, int], special: set[str], stated: _Stated) -> tuple[str, ...]:
+    """How the control tokens are spelt, in the order of their ids."""
+    names = special | stated.special | {stated.bos, stated.eos}
+    return tuple(sorted(ids.keys() & names, key=ids.__getitem__))
+
+
+def _token_and_id(ids: dict[str, int], token: str | None) -> tuple[str | None, int | None]:
+    """A token and its id, if there is one."""
+    return (token, ids[token]) if token in ids else (None, None)
 
 
 def _tiktoken_ranks(path: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -71,3 +72,15 @@ def test_a_tokenizers_identity_is_that_of_its_two_files(tmp_path):
     (folder / "tokenizer.json").unlink()
     third = tokenizer_sha256(folder)
     assert len({first, second, third}) == 3
+
+
+def test_the_tokens_that_begin_and_end_documents_are_part_of_a_tokenizers_identity(tmp_path):
+    def identity(config: dict) -> str:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return tokenizer_sha256(tmp_path)
+
+    write_tokenizer(tmp_path)
+    base = identity({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    assert identity({"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}) == base
+    assert len({base, identity({"bos_token": "<s>", "eos_token": "<pad>"}), identity({"eos_token": "</s>"})}) == 3
+    assert identity({"eos_token": "<|eot_id|>"}) == identity({"eos_token": "<|end_of_text|>"})  # Llama 3's chat models

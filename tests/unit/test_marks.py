@@ -100,22 +100,18 @@ def test_control_texts_are_letters_and_counted_or_refused(tmp_path, tokenizer_fo
         prepare(replace(config, output=tmp_path / "other", control_text="bad"))
 
 
-def test_a_tokenizer_that_forges_a_border_is_refused_and_such_records_can_be_left_out(tmp_path):
+def test_a_tokenizer_whose_unknown_token_ends_documents_is_refused_at_a_text_that_has_it(tmp_path):
     import tokenizers
 
-    words = [("<s>", 0.0), ("</s>", 0.0), *((char, -1.0) for char in "abc <>/s")]
-    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram(words, unk_id=2))
-    unigram.add_special_tokens(["<s>", "</s>"])
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    unigram.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    rows = [{"text": "a b"}, {"text": "a </s> b"}]
-    with pytest.raises(BadInput, match=r"control id 1 for ordinary text, in 'a </s> b'"):
-        prepared(tmp_path, rows, folder, template="text")
-    options = {"control_text": "bad", "on_bad_record": "skip", "most_bad_share": 0.9}
-    config = prepared(tmp_path, rows, folder, template="text", **options)
-    assert prepare(config).rejected == 1
+    words.save(str(folder / "tokenizer.json"))
+    options = {"template": "text", "bos": False, "eos_token": "</s>"}
+    with pytest.raises(BadInput, match=r"control id 0 for ordinary text, in 'a unheard a'"):
+        prepared(tmp_path, [{"text": "a a"}, {"text": "a unheard a"}], folder, **options)
+    assert prepare(prepared(tmp_path, [{"text": "a a"}], folder, **options)).tokens == 3
 
 
 def test_held_out_documents_stay_so_when_the_corpus_grows(tmp_path, tokenizer_folder):

@@ -97,6 +97,15 @@ def test_one_data_set_with_both_kinds_of_loss_is_refused(marked):
         read_mixture(twice, model_vocab_size=VOCAB)
 
 
+def test_documents_that_end_with_different_ids_cannot_be_cut(data):
+    record = replace(read_manifest(data / "b").tokenizer, eos_token="<|eot_id|>", eos_id=5)
+    _change_manifest(data / "b", tokenizer=record)
+    config = stage(data, "x").data
+    read_mixture(config, model_vocab_size=VOCAB)
+    with pytest.raises(BadInput, match=r"documents of .*a end with </s>, those of .*b with <\|eot_id\|>"):
+        read_mixture(replace(config, across_documents=False), model_vocab_size=VOCAB)
+
+
 def test_documents_without_an_end_cannot_be_cut(data):
     _change_manifest(data / "b", config=replace(read_manifest(data / "b").config, eos=False))
     config = stage(data, "x").data

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+from pathlib import Path
 
 import pytest
+import sentencepiece
 import tiktoken
 import tokenizers
 from hypothesis import HealthCheck, example, given, settings
@@ -99,3 +102,69 @@ def test_hugging_faces_own_way_forges_control_ids(of_json, folder, ranks):
     forged = module._llama3(folder / "tokenizer.model").encode("a <|end_of_text|> b").ids
     assert of_json.eos_id in forged
     assert of_json.eos_id not in of_json.encode("a <|end_of_text|> b")
+
+
+SPELT = "<s>ab</s> a<|im_end|><unk> b<think>"
+ORDINARY = "ab a <think> 7 </think> s>ab <|im_end> <b"
+
+
+def of_pieces(folder: Path, kind: str) -> Path:
+    """A SentencePiece model with a control token, a thought and a digit among its user-defined pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ab a b </ s> is im_end think unk | < > / _ 7"] * 50),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=44,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<|im_end|>", "<think>", "7"],
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+def of_model(folder: Path, kind: str) -> Path:
+    """A tokenizer.json whose model knows its control tokens as words; only some of them are special added tokens."""
+    tokens = ["<unk>", "<s>", "</s>", "<|im_end|>", "<think>", *sorted(set(SPELT + ORDINARY))]
+    ids = {token: index for index, token in enumerate(tokens)}
+    models = tokenizers.models
+    made = {
+        "unigram": lambda: models.Unigram([(token, -float(len(token) == 1)) for token in ids], unk_id=0),
+        "words": lambda: models.WordLevel(ids, unk_token="<unk>"),
+        "bpe": lambda: models.BPE(
+            {**ids, "</": len(ids), "s>": len(ids) + 1}, [("<", "/"), ("s", ">"), ("</", "s>")], unk_token="<unk>"
+        ),
+        "bpe of whole words": lambda: models.BPE(ids, [], unk_token="<unk>", ignore_merges=True),
+    }
+    out = tokenizers.Tokenizer(made[kind]())
+    if "words" in kind:
+        out.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("<[^>]*>| "), "isolated")
+    out.add_special_tokens(["<unk>", "<s>"])
+    out.add_tokens([tokenizers.AddedToken("</s>", special=False), tokenizers.AddedToken("<think>", special=False)])
+    out.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<|im_end|>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+KINDS = [(of_pieces, kind) for kind in ("bpe", "unigram")]
+KINDS += [(of_model, kind) for kind in ("unigram", "bpe", "bpe of whole words")]
+
+
+@pytest.mark.parametrize(("make", "kind"), KINDS)
+def test_no_kind_of_tokenizer_makes_a_control_token_of_text_or_an_id_less_of_other_text(make, kind, tmp_path):
+    tokenizer = load_tokenizer(make(tmp_path, kind))
+    assert sorted(tokenizer.controls) == ["</s>", "<s>", "<unk>", "<|im_end|>"]
+    ids = tokenizer.encode(SPELT)
+    assert [tokenizer.decode([index]) for index in ids if index < 5] == ["<think>"]  # 0 to 4 are the named tokens
+    assert tokenizer.decode(ids).replace(" ", "") == SPELT.replace(" ", "")
+    library = tokenizers.Tokenizer.from_file if make is of_model else sentencepiece.SentencePieceProcessor
+    given = library(str(next(tmp_path.glob("tokenizer.[jm]*"))))
+    expected = given.encode(ORDINARY)
+    assert tokenizer.encode(ORDINARY) == (expected.ids if make is of_model else expected)
+
+
+def test_a_tokenizer_of_words_takes_a_control_token_for_an_unknown_word(tmp_path):
+    tokenizer = load_tokenizer(of_model(tmp_path, "words"))
+    assert tokenizer.decode(tokenizer.encode("a </s> b")) == "a   <unk>   b"

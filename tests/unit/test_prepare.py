@@ -220,6 +220,36 @@ def test_a_control_id_that_the_tokenizer_lacks_is_refused(config, tmp_path, name
     prepare(replace(config, tokenizer=own, **{name: False}))
 
 
+def test_a_source_may_name_the_tokens_around_its_documents(config, caplog):
+    caplog.set_level("INFO", logger="megatron_octo")
+    manifest = prepare(replace(config, bos=False, eos_token="<pad>"))
+    assert [ids[-1] for ids in documents(config.output)] == [3] * 50
+    assert (manifest.tokenizer.eos_token, manifest.tokenizer.eos_id) == ("<pad>", 3)
+    assert "prepare long: documents begin with no id of their own and end with <pad> (3)" in caplog.text
+    with pytest.raises(BadInput, match=r"asks for eos, and the tokenizer .* has no </doc>"):
+        prepare(replace(config, output=config.output.with_name("other"), eos_token="</doc>"))
+
+
+def test_llama_3s_chat_models_end_documents_with_the_end_of_text_and_a_line_says_so(config, tmp_path, caplog):
+    import tokenizers
+
+    caplog.set_level("INFO", logger="megatron_octo")
+    own = shutil.copytree(config.tokenizer, tmp_path / "tokenizer")
+    tokenizer = tokenizers.Tokenizer.from_file(str(own / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|end_of_text|>", "<|eot_id|>"])
+    tokenizer.save(str(own / "tokenizer.json"))
+    (own / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<|eot_id|>"}')
+    prepare(replace(config, tokenizer=own))
+    assert "documents begin with <s> (1) and end with <|end_of_text|> (384)" in caplog.text
+    assert "tokenizer_config.json states <|eot_id|>" in caplog.text
+    assert {ids[-1] for ids in documents(config.output)} == {384}
+    caplog.clear()
+    chosen = replace(config, tokenizer=own, eos_token="<|eot_id|>", output=config.output.with_name("chosen"))
+    assert prepare(chosen).tokenizer.eos_id == 385
+    assert "end with <|eot_id|> (385)" in caplog.text
+    assert "tokenizer_config.json states" not in caplog.text
+
+
 @pytest.mark.parametrize("missing", ["input", "tokenizer"])
 def test_a_missing_input_or_tokenizer_is_named(config, tmp_path, missing):
     with pytest.raises(BadInput, match=str(tmp_path / "none")):
@@ -233,10 +263,10 @@ def test_the_index_has_megatrons_layout(tmp_path):
             writer.add(ids)
     assert (writer.documents, writer.tokens) == (3, 4)
     assert (tmp_path / "a.bin").read_bytes() == struct.pack("<4H", 5, 6, 7, 65499)
-    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4)
-    index += struct.pack("<3i", 3, 0, 1) + struct.pack("<3q", 0, 6, 6) + struct.pack("<4q", 0, 1, 2, 3)
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 4)  # a document without ids is no sequence
+    index += struct.pack("<2i", 3, 1) + struct.pack("<2q", 0, 6) + struct.pack("<4q", 0, 1, 1, 2)
     assert (tmp_path / "a.idx").read_bytes() == index
-    assert read_documents(tmp_path / "a", 2) == [[5, 6, 7], []]
+    assert read_documents(tmp_path / "a", 9) == [[5, 6, 7], [65499]]
 
 
 def test_ids_take_two_bytes_up_to_megatrons_border(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_octo.data.read import read_records
-from megatron_octo.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_octo.data.tokenizer import accelerated, check_vocabulary, load_tokenizer
 from megatron_octo.data.tokenizer_training import train_tokenizer
 from megatron_octo.errors import BadInput
 from tests.conftest import snapshot
@@ -112,6 +112,7 @@ def test_a_folder_with_only_tokenizer_model_encodes_the_same(tokenizer, tokenize
     assert (other.vocab_size, other.bos_id, other.eos_id) == (384, 1, 2)
     assert other.decode(other.encode("a\n b")) == "a\n b"
     assert min(other.encode("</s>")) > 3
+    assert accelerated(other, texts[:50]).engine == "gigatoken"
 
 
 def test_a_folder_with_only_tokenizer_json_needs_no_config(tokenizer, tokenizer_folder, tmp_path, texts):
