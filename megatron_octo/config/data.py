@@ -28,10 +28,22 @@ class HubSource(Settings):
     """`owner/name`."""
     revision: str = "main"
     """A commit, tag or branch; only a commit pins what is read."""
-    files: tuple[str, ...]
-    """Patterns of the files' paths in the repository (`data/*.parquet`), read in the order of their names."""
+    files: tuple[str, ...] = ()
+    """Patterns of the files' paths in the repository (`data/*.parquet`; `**` stands for folders of any depth), read in
+    the order of their names."""
+    subset: str = ""
+    """With `split`: a part of the data set with a name of its own (a configuration); empty for the default one."""
+    split: str = ""
+    """The split to read, in place of `files`: the data set's card says which files those are."""
     gated: bool = False
     """Whether the owner wants terms accepted first: such files need HF_TOKEN."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.files) != bool(self.split) and not (self.files and self.subset),
+            f"data set {self.repository} with files {self.files}, subset {self.subset!r} and split {self.split!r}",
+            fix="give patterns of files; or a split, and its subset if that is not the default one",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
