@@ -163,3 +163,10 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days}d{h:02d}h"
     return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s"
+
+
+def size(length: float) -> str:
+    """A number of bytes for people."""
+    if length < 1 << 20:
+        return f"{length:,.0f} bytes"
+    return f"{length / 2**30:,.1f} GiB" if length >= 100 << 20 else f"{length / 2**20:,.1f} MiB"

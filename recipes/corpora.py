@@ -51,7 +51,7 @@ def megamath_web_pro_max() -> PrepareConfig:
         HubSource(
             repository="OctoThinker/MegaMath-Web-Pro-Max",
             revision="b5129b6",  # abbreviated, as public code (marin-community/marin) pins it
-            files=("*.parquet",),
+            files=("**/*.parquet",),
             gated=True,
         ),
         CorpusFacts(
@@ -245,8 +245,10 @@ def open_r1_math() -> PrepareConfig:
             source="licence, folders, revision and files (10, their lengths in whole MB): the data set's pages as "
             "stored; columns: public code",
             unconfirmed=(
-                "Which subset and which generations the paper used are not found. The first generation of `default` is "
-                "our choice: it may be wrong or cut off, as correctness_math_verify and is_reasoning_complete say.",
+                "Which subset and which generations the paper used are not found. The first generation of `default` "
+                "that correctness_math_verify calls right is our choice; a problem without one is left out.",
+                "It is recalled that about an eighth of the problems were judged by a model instead, in "
+                "correctness_llama: those are left out too where correctness_math_verify has no true.",
                 "That a generation begins with its own <think> block is recalled; were it not so, the template would "
                 "have to be long_cot.",
                 "Whether the paper keeps what follows </think> is not found; it is kept here.",
@@ -254,7 +256,7 @@ def open_r1_math() -> PrepareConfig:
             ),
         ),
         template="question_answer",  # question, line break, <think> block and answer as they stand
-        columns=(("question", "problem"), ("answer", "generations.0")),
+        columns=(("question", "problem"), ("answer", "generations[correctness_math_verify]")),
     )
 
 

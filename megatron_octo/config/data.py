@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_octo.config.base import Settings, require, require_positive
+from megatron_octo.errors import SettingsError
 
 Template = Literal["text", "question_answer", "long_cot", "chat", "format"]
 Loss = Literal["all", "answers"]
@@ -14,6 +17,7 @@ WEIGHT_SUM_TOLERANCE = 1e-9
 CORPORA = ("web", "short", "long", "chat")
 MOST_HELDOUT_PROBLEMS = 5_000
 MOST_RL_PROBLEMS = 50_000
+LONGEST_RECORD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +28,22 @@ class HubSource(Settings):
     """`owner/name`."""
     revision: str = "main"
     """A commit, tag or branch; only a commit pins what is read."""
-    files: tuple[str, ...]
-    """Patterns of the files' paths in the repository (`data/*.parquet`), read in the order of their names."""
+    files: tuple[str, ...] = ()
+    """Patterns of the files' paths in the repository (`data/*.parquet`; `**` stands for folders of any depth), read in
+    the order of their names."""
+    subset: str = ""
+    """With `split`: a part of the data set with a name of its own (a configuration); empty for the default one."""
+    split: str = ""
+    """The split to read, in place of `files`: the data set's card says which files those are."""
     gated: bool = False
     """Whether the owner wants terms accepted first: such files need HF_TOKEN."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.files) != bool(self.split) and not (self.files and self.subset),
+            f"data set {self.repository} with files {self.files}, subset {self.subset!r} and split {self.split!r}",
+            fix="give patterns of files; or a split, and its subset if that is not the default one",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +76,16 @@ class PrepareConfig(Settings):
     facts: CorpusFacts | None = None
     """Licence, size and what is unconfirmed; shown, not used."""
     columns: tuple[tuple[str, str], ...] = ()
-    """(field of the template, column of the record) where the names differ: (("question", "problem"),)."""
+    """(field of the template, column of the record) where the names differ: (("question", "problem"),). A column may
+    lie inside of another (`meta.question`, `generations.0`), or be chosen: `generations[correct]` is the first item
+    of the list `generations` whose item in the list `correct` is true; a record that has none is left out."""
     id_column: str | None = None
     """A column to keep beside each document (NNNNN.ids, a JSON value a line)."""
     template: Template
     """How a record becomes text: text; question_answer (one line break between); long_cot (question,
     <think> block, answer); chat (`User:{}\\nAssistant:{}`); format (`format_string`)."""
     format_string: str = ""
-    """For template `format`: text with {column} in it; {{ and }} are braces."""
+    """For template `format`: text with {column} in it, a text or a number; {{ and }} are braces."""
     chat_models: tuple[str, ...] = ()
     """For template `chat`: keep conversations whose `model` column begins with one of these; empty keeps all."""
     tokenizer: Path
@@ -94,13 +112,15 @@ class PrepareConfig(Settings):
     """At a record that cannot be read or lacks a field: stop, or write it to rejected.jsonl with the reason."""
     most_bad_share: float = 0.01
     """With `skip`: stop when more than this share of the records is bad."""
+    longest_record_bytes: int = LONGEST_RECORD_BYTES
+    """A longer record is a bad one, and no more than this of it is held in memory."""
     piece_bytes: int = 1 << 20
     """Text that a worker takes at once."""
     shard_tokens: int = 1 << 30
     """End a shard with the piece that reaches this. When the process is killed, the shard that was open is lost."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "prepare.", "piece_bytes", "shard_tokens")
+        require_positive(self, "prepare.", "longest_record_bytes", "piece_bytes", "shard_tokens")
         require(
             (self.input is None) != (self.hub is None),
             f"source {self.name} has {'both input and hub' if self.input else 'neither input nor hub'}",
@@ -114,6 +134,9 @@ class PrepareConfig(Settings):
             f"source {self.name}: template {self.template} with format_string {self.format_string!r}",
             fix="give template 'format' its format_string, and no other",
         )
+        asked = [column for _, column in parse_format(self.format_string) if column] if self.format_string else []
+        for column in (*asked, *(column for _, column in self.columns)):
+            _check_column(self.name, column)
         require(
             not self.chat_models or self.template == "chat",
             f"source {self.name}: chat_models with template {self.template}",
@@ -124,6 +147,43 @@ class PrepareConfig(Settings):
             f"source {self.name}: mark_answers with template {self.template}, which has no answer",
             fix="leave mark_answers out",
         )
+
+
+def parse_format(format_string: str) -> list[tuple[str, str]]:
+    """A format string as (text, the column behind it; empty behind the last).
+
+    Raises:
+        SettingsError: it is none, names no column, or asks for more than columns as they are.
+    """
+    what = f"format_string {format_string!r}"
+    try:
+        parsed = list(string.Formatter().parse(format_string))
+    except ValueError as error:
+        raise SettingsError(f"{what} is broken: {error}", fix="write columns {so}, and braces {{ }}") from None
+    require(any(column is not None for _, column, _, _ in parsed), f"{what} names no column", fix="write columns {so}")
+    for _, column, spec, conversion in parsed:
+        require(column != "", f"{what} has braces without a column", fix="name one; braces of the text are {{ }}")
+        require(
+            not spec and not conversion,
+            f"{what} asks for {column!r} in another form ({conversion or spec}), which nobody makes",
+            fix=f"write {{{column}}}, and change the column itself beforehand",
+        )
+    return [(text, column or "") for text, column, _, _ in parsed]
+
+
+def parse_choice(column: str) -> tuple[str, str] | None:
+    """(list, flags) of a column `list[flags]`, None for another."""
+    match = re.fullmatch(r"([^\[\]]+)\[([^\[\]]+)\]", column)
+    return (match[1], match[2]) if match else None
+
+
+def _check_column(source: str, column: str) -> None:
+    values, flags = parse_choice(column) or (column, "")
+    require(
+        not set("[]") & set(values) and not flags.isdecimal(),
+        f"source {source}: column {column!r} is no place in a record",
+        fix="write list[flags] for the item whose flag is true, list.0 for the first",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

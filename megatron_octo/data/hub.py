@@ -1,31 +1,25 @@
-"""Files of a data set on the Hugging Face Hub: which there are, whether we may read them, and one after another here.
+"""Files of a data set on the Hugging Face Hub: whether we may read them, and one after another here.
 
-`plan_downloads`, `check_access`; then for each file `fetch`, read, `release`. huggingface_hub lists and authorizes, but
-does not download: since its 1.0 a download that was killed begins anew. HF_ENDPOINT, HF_TOKEN, HF_HOME and
-HF_HUB_OFFLINE mean what they mean there. A token is never shown.
+`hub_listing.plan_downloads`, `check_access`; then for each file `fetch`, read, `release`. huggingface_hub lists and
+authorizes, but does not download: since its 1.0 a download that was killed begins anew. HF_ENDPOINT, HF_TOKEN, HF_HOME
+and HF_HUB_OFFLINE mean what they mean there. A token is never shown.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import fnmatch
 import hashlib
-import heapq
 import json
 import os
-import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from megatron_octo import console
 from megatron_octo.config.base import Settings, require
 from megatron_octo.config.data import HubSource, PrepareConfig
-from megatron_octo.data.read import COMPRESSED, LINES, TABLES
 from megatron_octo.errors import BadInput, OctoError
 
 PAGE = "https://huggingface.co/datasets"  # people visit the Hub itself, whatever HF_ENDPOINT is
@@ -33,10 +27,6 @@ TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 MOST_IDLE_TRIES = 5  # requests in a row that brought nothing
 FIRST_WAIT_S = 1.0
 PASSING_STATUS = (408, 429, 500, 502, 503, 504)
-# Ids of four bytes take about what their text takes. Packed files hold about twice their size in text (FineMath-4plus:
-# 18.4 GB of parquet, 39.1 GB of text), though a manifest may read only a part of it.
-TEXT_PER_PACKED_BYTE = 2.0
-
 log = console.logger(__name__)
 
 
@@ -66,64 +56,11 @@ class HubFile(Settings):
         )
 
 
-def plan_downloads(hub: HubSource) -> list[HubFile]:
-    """The files that `hub` names, in the order in which they are read; downloads nothing.
-
-    A `*` in a pattern also stands for folders, as in huggingface_hub.
+def check_access(config: PrepareConfig, files: Sequence[HubFile]) -> None:
+    """Refuse a source of which the Hub would not give us these files, those still to be read; changes nothing.
 
     Raises:
-        BadInput: the Hub cannot be reached; the data set, the revision or the files are not there or not for us; a
-            file is of a kind that cannot be read.
-        OctoError: the Hub is ill.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
-
-    with _explained(hub):
-        api = HfApi()
-        about = api.dataset_info(hub.repository, revision=hub.revision, expand=["sha"], timeout=HF_HUB_ETAG_TIMEOUT)
-        commit = about.sha or hub.revision
-        found: dict[str, HubFile] = {}
-        listed: dict[str, list[Any]] = {}
-        for pattern in hub.files:
-            folder = _fixed_part(pattern)
-            if folder not in listed:
-                listed[folder] = _tree(api, hub.repository, commit, folder, recursive=True) or []
-            fitting = [each for each in listed[folder] if _is_file(each) and fnmatch.fnmatchcase(each.path, pattern)]
-            if not fitting:
-                raise _no_match(api, hub, commit, pattern)
-            for each in fitting:
-                found[each.path] = HubFile(
-                    repository=hub.repository,
-                    commit=commit,
-                    path=each.path,
-                    size_bytes=each.size,
-                    sha256=each.lfs.sha256 if each.lfs else None,
-                    git_id=each.blob_id,
-                )
-    for path in found:
-        _check_kind(hub, path)
-    return [found[path] for path in sorted(found)]
-
-
-def check_access(
-    config: PrepareConfig,
-    files: Sequence[HubFile],
-    *,
-    token_bytes: int = 4,
-    written_bytes: int = 0,
-    files_at_once: int = 1,
-) -> None:
-    """Refuse a source that could not be read to its end: gated, or too large for the disk; changes nothing.
-
-    Args:
-        files: those still to be read, of `plan_downloads`.
-        token_bytes: length of an id in the shards.
-        written_bytes: what the shards of an earlier attempt take.
-        files_at_once: downloaded files on the disk at a time; all of them where they are kept.
-
-    Raises:
-        BadInput: the Hub cannot be reached, or does not give us these files; or the disk lacks room.
+        BadInput: the Hub cannot be reached, or does not give us them.
         OctoError: the Hub is ill.
     """
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
@@ -132,7 +69,7 @@ def check_access(
     if not files:
         return
     hub = config.hub or _hub_of(files[0])
-    with _explained(hub):
+    with explained(hub):
         endpoint = HfApi().endpoint
         first = files[0]
         url = hf_hub_url(
@@ -142,16 +79,20 @@ def check_access(
     largest = max(files, key=lambda each: each.size_bytes)
     if largest.size_bytes > MAX_HTTP_DOWNLOAD_SIZE:
         raise BadInput(
-            f"{_name(largest)} has {_size(largest.size_bytes)}; the Hub serves files above "
-            f"{_size(MAX_HTTP_DOWNLOAD_SIZE)} only to its own programs",
+            f"{_name(largest)} has {console.size(largest.size_bytes)}; the Hub serves files above "
+            f"{console.size(MAX_HTTP_DOWNLOAD_SIZE)} only to its own programs",
             fix=_elsewhere(hub),
         )
-    _check_disk(config, files, token_bytes, written_bytes, files_at_once)
 
 
 def downloads_folder(config: PrepareConfig) -> Path:
     """Where a source's downloads lie while they are read: beside its output."""
     return config.output.with_name(f"{config.output.name}.downloads")
+
+
+def missing_bytes(file: HubFile, folder: Path) -> int:
+    """What `fetch` would still have to download."""
+    return max(0, file.size_bytes - _length(folder / file.path) - _length(_partial(file, folder)))
 
 
 def fetch(file: HubFile, folder: Path) -> Path:
@@ -209,8 +150,8 @@ def _download(file: HubFile, partial: Path) -> bool:
         log.info(
             "download %s: %s%s",
             _name(file),
-            _size(file.size_bytes),
-            f", of which {_size(there)} are here" if there else "",
+            console.size(file.size_bytes),
+            f", of which {console.size(there)} are here" if there else "",
         )
         if there > file.size_bytes:
             _empty(out)
@@ -222,17 +163,17 @@ def _download(file: HubFile, partial: Path) -> bool:
             idle = 0 if out.tell() > start else idle + 1
             if idle > MOST_IDLE_TRIES:
                 raise OctoError(
-                    f"the download of {_name(file)} stopped at {_size(out.tell())} of {_size(file.size_bytes)}: "
-                    f"{problem}",
+                    f"the download of {_name(file)} stopped at {console.size(out.tell())} of "
+                    f"{console.size(file.size_bytes)}: {problem}",
                     fix="run it again: it goes on from there",
                 )
-            log.warning("download %s: %s at %s; going on", _name(file), problem, _size(out.tell()))
+            log.warning("download %s: %s at %s; going on", _name(file), problem, console.size(out.tell()))
             time.sleep(FIRST_WAIT_S * 2**idle)
         out.flush()
         os.fsync(out.fileno())
     seconds = time.monotonic() - began
     rate = (file.size_bytes - there) / max(seconds, 1e-3)
-    log.info("download %s: done in %s, %s/s", _name(file), console.duration(seconds), _size(rate))
+    log.info("download %s: done in %s, %s/s", _name(file), console.duration(seconds), console.size(rate))
     return there > 0 or answers > 1
 
 
@@ -252,7 +193,7 @@ def _append(file: HubFile, out: BinaryIO) -> str:
         file.repository, file.path, repo_type="dataset", revision=file.commit, endpoint=HfApi().endpoint
     )  # anew each time: what it forwards to expires; httpx sends no token to another host
     shown = time.monotonic()
-    with _explained(_hub_of(file)):
+    with explained(_hub_of(file)):
         try:
             with get_session().stream(
                 "GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
@@ -300,84 +241,12 @@ def _partial(file: HubFile, folder: Path) -> Path:
     return target.with_name(f".{target.name}.{(file.sha256 or file.git_id)[:12]}.part")
 
 
-def _check_disk(
-    config: PrepareConfig, files: Sequence[HubFile], token_bytes: int, written_bytes: int, files_at_once: int
-) -> None:
-    folder = downloads_folder(config)
-    missing = [each.size_bytes - _length(folder / each.path) - _length(_partial(each, folder)) for each in files]
-    downloads = max(0, sum(heapq.nlargest(files_at_once, missing)))
-    per_token = token_bytes + config.mark_answers
-    if config.facts and config.facts.expected_tokens:
-        tokens = max(0, config.facts.expected_tokens * per_token - written_bytes)
-        whence = f"{config.facts.expected_tokens:,} of {per_token} bytes, as facts.expected_tokens says"
-    else:
-        text = sum(each.size_bytes * (1.0 if each.path.endswith(LINES) else TEXT_PER_PACKED_BYTE) for each in files)
-        tokens, whence = round(text * per_token / 4), "guessed from the files' length"
-    disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(disk).free
-    if free < downloads + tokens:
-        which = "the files" if files_at_once >= len(files) else f"the largest {files_at_once} of {len(files):,} files"
-        raise BadInput(
-            f"source {config.name} needs {_size(downloads + tokens)} on the disk of {config.output}, and "
-            f"{_size(free)} are free: {_size(downloads)} for {which} to download, {_size(tokens)} for the tokens "
-            f"({whence})",
-            fix="free some or choose another output; or correct facts.expected_tokens",
-        )
-
-
 def _length(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _fixed_part(pattern: str) -> str:
-    """The folder in front of a pattern's first wildcard."""
-    return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
-
-
-def _is_file(entry: Any) -> bool:
-    from huggingface_hub.hf_api import RepoFile
-
-    return isinstance(entry, RepoFile)
-
-
-def _tree(api: Any, repository: str, commit: str, folder: str, *, recursive: bool) -> list[Any] | None:
-    """Files and folders below a folder, or None if there is no such folder."""
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    try:
-        return list(
-            api.list_repo_tree(repository, folder or None, recursive=recursive, revision=commit, repo_type="dataset")
-        )
-    except RemoteEntryNotFoundError:
-        return None
-
-
-def _no_match(api: Any, hub: HubSource, commit: str, pattern: str) -> BadInput:
-    """The error of a pattern that fits nothing, with the nearest paths."""
-    folder, there = _fixed_part(pattern), None
-    while (there := _tree(api, hub.repository, commit, folder, recursive=False)) is None and folder:
-        folder = folder.rpartition("/")[0]
-    paths = [each.path if _is_file(each) else f"{each.path}/" for each in there or []]
-    near = difflib.get_close_matches(pattern, paths, n=5, cutoff=0)
-    return BadInput(
-        f"data set {hub.repository} has no file {pattern!r} at revision {hub.revision} ({commit[:12]})",
-        fix=f"correct the pattern; the nearest there: {', '.join(near)}" if near else "correct the pattern",
-    )
-
-
-def _check_kind(hub: HubSource, path: str) -> None:
-    suffixes = PurePosixPath(path).suffixes[-2:]
-    packed = bool(suffixes) and suffixes[-1] in COMPRESSED
-    if not suffixes or suffixes[0 if packed else -1] not in (LINES if packed else (*LINES, *TABLES)):
-        raise BadInput(
-            f"data set {hub.repository}: {path} is of no kind that can be read",
-            fix=f"choose patterns of files that end in {', '.join((*LINES, *TABLES))}; lines may be packed: "
-            f"{', '.join(COMPRESSED)}",
-        )
-
-
 @contextlib.contextmanager
-def _explained(hub: HubSource) -> Iterator[None]:
+def explained(hub: HubSource) -> Iterator[None]:
     """Turn what huggingface_hub raises into what a user can act on."""
     import httpx
     from huggingface_hub import HfApi
@@ -461,10 +330,11 @@ def _has_token() -> bool:
 
 
 def _elsewhere(hub: HubSource) -> str:
-    wanted = " ".join(f"--include '{pattern}'" for pattern in hub.files)
+    # there `*` stands for folders as well, and `**/` for at least one
+    wanted = "".join(f" --include '{pattern.replace('**/', '*')}'" for pattern in hub.files)
     return (
         f"download the files where the Hub can be reached (`hf download {hub.repository} --repo-type dataset "
-        f"--revision {hub.revision} {wanted} --local-dir FOLDER`), copy FOLDER here, and name them with `input` in "
+        f"--revision {hub.revision}{wanted} --local-dir FOLDER`), copy FOLDER here, and name them with `input` in "
         "place of `hub`"
     )
 
@@ -475,9 +345,3 @@ def _hub_of(file: HubFile) -> HubSource:
 
 def _name(file: HubFile) -> str:
     return f"{file.repository}/{file.path}"
-
-
-def _size(length: float) -> str:
-    if length < 1 << 20:
-        return f"{length:,.0f} bytes"
-    return f"{length / 2**30:,.1f} GiB" if length >= 100 << 20 else f"{length / 2**20:,.1f} MiB"

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import heapq
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from megatron_octo import console
 from megatron_octo.config.data import PrepareConfig
-from megatron_octo.data.hub import HubFile, check_access, downloads_folder, fetch, plan_downloads, release
+from megatron_octo.data.hub import (
+    HubFile,
+    check_access,
+    downloads_folder,
+    fetch,
+    missing_bytes,
+    release,
+)
+from megatron_octo.data.hub_listing import plan_downloads
 from megatron_octo.data.manifest import FileRecord, FileState
-from megatron_octo.data.read import input_files
+from megatron_octo.data.read import LINES, input_files
+from megatron_octo.data.shards import LOSS
 from megatron_octo.errors import BadInput
 
 AT_ONCE = 2  # one is read, the next is fetched
+# Ids of four bytes take about what their text takes. Packed files hold about twice their size in text (FineMath-4plus:
+# 18.4 GB of parquet, 39.1 GB of text), though only a part of it may be read.
+TEXT_PER_PACKED_BYTE = 2.0
 
 
 class Inputs(Protocol):
@@ -105,12 +120,45 @@ def find_inputs(
         BadInput: there are none, they cannot be read by us, or the disk lacks room for them.
     """
     if config.input is not None:
-        return LocalFiles(input_files(config.input))
+        local = LocalFiles(input_files(config.input))
+        _check_disk(config, local.states, token_bytes)
+        return local
     assert config.hub is not None
     files = begun or plan_downloads(config.hub)
-    written = sum(path.stat().st_size for path in config.output.glob("*.bin"))
-    check_access(config, files[first:], token_bytes=token_bytes, written_bytes=written, files_at_once=AT_ONCE)
-    return HubFiles(files, downloads_folder(config))
+    check_access(config, files[first:])
+    fetched = HubFiles(files, downloads_folder(config))
+    _check_disk(config, fetched.states, token_bytes, files[first:])
+    return fetched
+
+
+def _check_disk(
+    config: PrepareConfig, states: Sequence[FileState], token_bytes: int, downloads: Sequence[HubFile] = ()
+) -> None:
+    """Refuse a source whose tokens, and downloads, the disk could not hold; what is there already needs no room.
+
+    Raises:
+        BadInput: so it is.
+    """
+    per_token = token_bytes + config.mark_answers
+    if config.facts and config.facts.expected_tokens:
+        needed = config.facts.expected_tokens * per_token
+        whence = f"{config.facts.expected_tokens:,} of {per_token} bytes, as facts.expected_tokens says"
+    else:
+        text = sum(each.size_bytes * (1 if each.path.suffix in LINES else TEXT_PER_PACKED_BYTE) for each in states)
+        needed, whence = round(text * per_token / 4), "guessed from the files' length"
+    written = sum(path.stat().st_size for ending in (".bin", LOSS) for path in config.output.glob(f"*{ending}"))
+    tokens = max(0, needed - written)
+    folder = downloads_folder(config)
+    fetched = sum(heapq.nlargest(AT_ONCE, (missing_bytes(each, folder) for each in downloads)))
+    free = shutil.disk_usage(next(each for each in config.output.absolute().parents if each.exists())).free
+    if free < fetched + tokens:
+        which = "the files" if len(downloads) <= AT_ONCE else f"the largest {AT_ONCE} of {len(downloads):,} files"
+        to_download = f"{console.size(fetched)} for {which} to download, " if downloads else ""
+        raise BadInput(
+            f"source {config.name} needs {console.size(fetched + tokens)} on the disk of {config.output}, and "
+            f"{console.size(free)} are free: {to_download}{console.size(tokens)} for the tokens ({whence})",
+            fix="free some or choose another output; or state the right facts.expected_tokens",
+        )
 
 
 def file_state(path: Path) -> FileState:

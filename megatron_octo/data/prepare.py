@@ -42,7 +42,7 @@ from megatron_octo.data.manifest import (
     tokenizer_sha256,
     write_manifest,
 )
-from megatron_octo.data.read import TABLES, Piece, input_files, pieces, records
+from megatron_octo.data.read import Piece, input_files, pieces, record_name, records
 from megatron_octo.data.shards import SHARD_FILES, ShardWriter
 from megatron_octo.data.templates import BadRecord, column_names
 from megatron_octo.data.tokenizer import Tokenizer, accelerated, load_tokenizer
@@ -53,6 +53,7 @@ from megatron_octo.rundir import LOCK, check_config, check_free, claim, is_done,
 PROGRESS, REJECTED, SETTINGS = "progress.json", "rejected.jsonl", "config.json"
 VALIDATION = "validation_"
 SAMPLE_DOCUMENTS = 200
+SAMPLE_CHARACTERS = 1 << 20  # a tokenizer's own library may take more than a hundred times a text's length in memory
 JUDGED_RECORDS = 1000  # before that many, a share of bad ones says little
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -313,25 +314,34 @@ def _sample(config: PrepareConfig, path: Path) -> list[str]:
     """Some texts of a file, on which tokenizers are compared."""
     render = text_renderer(config)
     texts: list[str] = []
-    for piece in itertools.islice(pieces(path, columns=_columns(config), piece_bytes=config.piece_bytes), 4):
+    room = SAMPLE_CHARACTERS
+    for piece in itertools.islice(_read(config, path), 4):
         for _, record in records(piece):
             with contextlib.suppress(BadRecord):
                 if not isinstance(record, BadRecord) and (rendered := render(record)):
-                    texts.append(rendered.text)
-            if len(texts) == SAMPLE_DOCUMENTS:
+                    texts.append(rendered.text[:room])
+                    room -= len(texts[-1])
+            if len(texts) == SAMPLE_DOCUMENTS or not room:
                 return texts
     return texts
 
 
-def _columns(config: PrepareConfig) -> list[str]:
-    """What to read of a table."""
+def _read(config: PrepareConfig, path: Path, *, start: int = 0, first: int = 1) -> Iterator[Piece]:
+    """The pieces of a file, of a table those columns that are used."""
     names = column_names(
         config.template,
         columns=config.columns,
         format_string=config.format_string,
         chat_models=bool(config.chat_models),
     )
-    return list(dict.fromkeys([*names, *([config.id_column.partition(".")[0]] if config.id_column else [])]))
+    return pieces(
+        path,
+        start=start,
+        first=first,
+        columns=[*names, *([config.id_column] if config.id_column else [])],
+        piece_bytes=config.piece_bytes,
+        longest=config.longest_record_bytes,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,8 +360,7 @@ class _Reading:
     """The pieces of all files from where to go on; hashes the files meanwhile, and sees whether one changes."""
 
     def __init__(self, config: PrepareConfig, inputs: Inputs, progress: Progress, hashing: ThreadPoolExecutor) -> None:
-        self._inputs, self._progress, self._hashing = inputs, progress, hashing
-        self._columns, self._piece_bytes = _columns(config), config.piece_bytes
+        self._config, self._inputs, self._progress, self._hashing = config, inputs, progress, hashing
         self._places: list[_Place] = []
         self._known = {each.file.path: each for each in progress.hashed}
         self._pending: dict[Path, Future[str]] = {}
@@ -391,7 +400,7 @@ class _Reading:
         here = index == self._progress.file
         start, first = (self._progress.start, self._progress.first) if here else (0, 1)
         shown = 0.0
-        for piece in pieces(path, start=start, first=first, columns=self._columns, piece_bytes=self._piece_bytes):
+        for piece in _read(self._config, path, start=start, first=first):
             stored = min(float(len(piece.data)), state.size_bytes - shown)
             shown += stored
             self._places.append(
@@ -506,7 +515,7 @@ class _Shards:
             self._rejected.close()
 
     def _reject(self, bad: Bad, path: Path) -> None:
-        kind = "row" if path.suffix in TABLES else "line"
+        kind = record_name(path)
         if self._rejected is None:
             raise BadInput(
                 f"source {self._config.name}: {path}, {kind} {bad.number:,}: {bad.reason}",

@@ -4,16 +4,17 @@ text             text
 question_answer  question, answer
 long_cot         question, thinking, answer
 chat             messages: turns with role and content (or from and value), model where `chat_models` asks
-format           the columns that its string names
+format           the columns that its string names, texts or numbers
 """
 
 from __future__ import annotations
 
-import string
+import math
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
-from megatron_octo.config.data import Template
+from megatron_octo.config.data import Template, parse_choice, parse_format
 
 ROLES = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
 ANSWERING = "Assistant"
@@ -37,8 +38,14 @@ class BadRecord(Exception):
     """A record that cannot become a text; the message says why."""
 
 
+class _LeftOut(Exception):
+    """A record that a filter leaves out."""
+
+
 Render = Callable[[Any], Rendered | None]
 """A record's text, or None for one that a filter leaves out; raises BadRecord."""
+_Shape = Callable[[Any], Rendered]
+_Field = Callable[[Any, str], Any]
 
 
 def renderer(
@@ -55,7 +62,9 @@ def renderer(
     paths = dict(columns)
 
     def field(record: Any, name: str) -> Any:
-        return look_up(record, paths.get(name, name))
+        column = paths.get(name, name)
+        choice = parse_choice(column)
+        return _chosen(record, *choice) if choice else look_up(record, column)
 
     if template == "format":
         shape = _format(format_string, field)
@@ -65,8 +74,9 @@ def renderer(
         shape = {"text": _text, "question_answer": _question_answer, "long_cot": _long_cot}[template](field)
 
     def render(record: Any) -> Rendered | None:
-        rendered = shape(record)
-        if rendered is None:
+        try:
+            rendered = shape(record)
+        except _LeftOut:
             return None
         if not keep_empty and not rendered.text.strip():
             raise BadRecord("empty document")
@@ -82,13 +92,14 @@ def renderer(
 def column_names(
     template: Template, *, columns: Sequence[tuple[str, str]] = (), format_string: str = "", chat_models: bool = False
 ) -> list[str]:
-    """The columns that records must have, without what lies inside of them."""
+    """The columns that records must have, as `look_up` takes them."""
     if template == "format":
-        fields = [name for _, name, _, _ in _parse(format_string) if name]
+        fields = [column for _, column in parse_format(format_string) if column]
     else:
         fields = [*FIELDS[template], *(["model"] if chat_models else [])]
     paths = dict(columns)
-    return list(dict.fromkeys(paths.get(name, name).partition(".")[0] for name in fields))
+    named = [paths.get(name, name) for name in fields]
+    return list(dict.fromkeys(column for each in named for column in parse_choice(each) or (each,)))
 
 
 def look_up(record: Any, path: str) -> Any:
@@ -106,14 +117,25 @@ def look_up(record: Any, path: str) -> Any:
     return value
 
 
-_Field = Callable[[Any, str], Any]
+def _chosen(record: Any, values_column: str, flags_column: str) -> Any:
+    """The first item of a list whose flag, in the other list, is true."""
+    values, flags = look_up(record, values_column), look_up(record, flags_column)
+    if flags is None:
+        raise _LeftOut
+    if not isinstance(values, list) or not isinstance(flags, list) or len(values) != len(flags):
+        raise BadRecord(f"{values_column} and {flags_column} are no lists of one length")
+    if not {type(flag) for flag in flags} <= {bool, NoneType}:
+        raise BadRecord(f"{flags_column} holds something else than true and false")
+    if True not in flags:
+        raise _LeftOut
+    return values[flags.index(True)]
 
 
-def _text(field: _Field) -> Render:
+def _text(field: _Field) -> _Shape:
     return lambda record: Rendered(_string(field(record, "text"), "text"))
 
 
-def _question_answer(field: _Field) -> Render:
+def _question_answer(field: _Field) -> _Shape:
     def render(record: Any) -> Rendered:
         question, answer = (_string(field(record, name), name) for name in FIELDS["question_answer"])
         return _answered(f"{question}\n", answer)
@@ -121,7 +143,7 @@ def _question_answer(field: _Field) -> Render:
     return render
 
 
-def _long_cot(field: _Field) -> Render:
+def _long_cot(field: _Field) -> _Shape:
     def render(record: Any) -> Rendered:
         question, thinking, answer = (_string(field(record, name), name) for name in FIELDS["long_cot"])
         return _answered(f"{question}\n", f"<think>\n{thinking}\n</think>\n{answer}")
@@ -129,10 +151,10 @@ def _long_cot(field: _Field) -> Render:
     return render
 
 
-def _chat(field: _Field, models: tuple[str, ...]) -> Render:
-    def render(record: Any) -> Rendered | None:
+def _chat(field: _Field, models: tuple[str, ...]) -> _Shape:
+    def render(record: Any) -> Rendered:
         if models and not str(field(record, "model")).startswith(models):
-            return None
+            raise _LeftOut
         turns = field(record, "messages")
         if not isinstance(turns, list) or not turns:
             raise BadRecord("messages is no list of turns, or an empty one")
@@ -158,18 +180,19 @@ def _turn(turn: Any) -> tuple[str, str]:
     return role, _string(turn.get("content", turn.get("value")), "content")
 
 
-def _format(format_string: str, field: _Field) -> Render:
-    pieces = [(literal, name) for literal, name, _, _ in _parse(format_string)]
+def _format(format_string: str, field: _Field) -> _Shape:
+    pieces = parse_format(format_string)
 
     def render(record: Any) -> Rendered:
-        parts = (literal + (_string(field(record, name), name) if name else "") for literal, name in pieces)
+        parts = (text + (_printed(field(record, column), column) if column else "") for text, column in pieces)
         return Rendered("".join(parts))
 
     return render
 
 
-def _parse(format_string: str) -> list[tuple[str, str | None, str | None, str | None]]:
-    return list(string.Formatter().parse(format_string))
+def _printed(value: Any, name: str) -> str:
+    """A text as it is, a number as Python and JSON write it."""
+    return str(value) if type(value) in (int, float) and math.isfinite(value) else _string(value, name)
 
 
 def _answered(question: str, answer: str) -> Rendered:

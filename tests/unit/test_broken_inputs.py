@@ -16,6 +16,7 @@ from megatron_octo.data.prepare import prepare
 from megatron_octo.errors import BadInput
 
 GOOD = b'{"text": "a"}\n' * 4
+LIMIT = 1 << 20
 
 
 def table(rows: list[dict[str, Any]], path: Path, *, kind: str = "parquet") -> None:
@@ -65,8 +66,35 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "only white space": ("a.jsonl", lambda p: p.write_bytes(GOOD + b'{"text": " \\n"}\n'), r"line 5: empty document"),
     "a zero byte": ("a.jsonl", lambda p: p.write_bytes(GOOD + b"\x00\n"), r"line 5: malformed JSON"),
     "an empty file": ("a.jsonl", lambda p: p.write_bytes(b""), r"no documents among 0 records"),
-    "a byte order mark": ("a.jsonl", lambda p: p.write_bytes(b"\xef\xbb\xbf" + GOOD), r"line 1: malformed JSON"),
-    "a truncated gz": ("a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(GOOD)[:-9]), r"a\.jsonl\.gz cannot be read"),
+    "UTF-16": ("a.jsonl", lambda p: p.write_bytes('{"text": "a"}'.encode("utf-16")), r"line 1: invalid UTF-8"),
+    "a value over several lines": (
+        "a.jsonl",
+        lambda p: p.write_text(json.dumps({"text": "a"}, indent=1)),
+        r"line 1: malformed JSON: a value over several lines",
+    ),
+    "a line too long": (
+        "a.jsonl",
+        lambda p: p.write_bytes(GOOD + b'"%s"\n' % bytes(LIMIT)),
+        r"line 5: .* are more than",
+    ),
+    "an array cut off": ("a.json", lambda p: p.write_text('[{"text": "a"}, {"te'), r"from item 2 on: malformed JSON"),
+    "an array without commas": (
+        "a.json",
+        lambda p: p.write_text('[{"text": "a"} {}]'),
+        r"from item 2 on: .*in place of",
+    ),
+    "an array and more": ("a.json", lambda p: p.write_text('[{"text": "a"}] []'), r"from item 2 on: text behind"),
+    "an item too long": (
+        "a.json",
+        lambda p: p.write_text('["%s"]' % (" " * 2 * LIMIT)),
+        r"from item 1 on: .*longer than",
+    ),
+    "an array deep in arrays": ("a.json", lambda p: p.write_text("[" * 100_000), r"from item 1 on: .*too deeply"),
+    "a truncated gz": (
+        "a.jsonl.gz",
+        lambda p: p.write_bytes(gzip.compress(GOOD + b'{"te')[:-9]),
+        r"a\.jsonl\.gz cannot be read from line 5 on",
+    ),
     "a damaged gz": ("a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(GOOD)[:12] + b"xxxx"), r"cannot be read"),
     "no gz": ("a.jsonl.gz", lambda p: p.write_bytes(GOOD), r"cannot be read"),
     "a truncated zst": ("a.jsonl.zst", lambda p: p.write_bytes(zstandard.compress(GOOD)[:-5]), r"cannot be read"),
@@ -96,7 +124,12 @@ def test_broken_input_is_named_and_nothing_is_left(name, num_workers, tmp_path, 
     write(tmp_path / file)
     output = tmp_path / "out"
     config = PrepareConfig(
-        name="broken", input=tmp_path / file, template="text", tokenizer=tokenizer_folder, output=output
+        name="broken",
+        input=tmp_path / file,
+        template="text",
+        tokenizer=tokenizer_folder,
+        output=output,
+        longest_record_bytes=LIMIT,
     )
     with pytest.raises(BadInput, match=message) as error:
         prepare(config, num_workers=num_workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import PurePath
 
 import pytest
 
@@ -11,7 +12,7 @@ from megatron_octo.config.base import from_dict, to_dict
 from megatron_octo.config.data import PrepareConfig
 from megatron_octo.config.load import load_recipe, recipe_functions
 from megatron_octo.data.hub import HubFile, check_access
-from megatron_octo.data.read import COMPRESSED, LINES, TABLES
+from megatron_octo.data.read import can_read
 from megatron_octo.data.templates import FIELDS, renderer
 from tests.conftest import REPOSITORY
 
@@ -42,7 +43,12 @@ RECORDS = {  # a record as each data set lays it out, and the text that it becom
     "open_math_instruct_2": ({"problem": "1+1?", "generated_solution": "2", "expected_answer": "2"}, "1+1?\n2"),
     "numina_math_1_5": ({"problem": "1+1?", "solution": "2", "answer": "2"}, "1+1?\n2"),
     "open_r1_math": (
-        {"problem": "1+1?", "solution": "s", "generations": ["<think>\nh\n</think>\n2", "no"]},
+        {
+            "problem": "1+1?",
+            "solution": "s",
+            "generations": ["no", "<think>\nh\n</think>\n2"],
+            "correctness_math_verify": [False, True],
+        },
         "1+1?\n<think>\nh\n</think>\n2",
     ),
     "am_deepseek_distilled": ({"question": "1+1?", "answer": "<think>h</think>2"}, "1+1?\n<think>h</think>2"),
@@ -105,7 +111,7 @@ def test_a_manifest_is_whole_as_json(config):
 
 def test_a_manifest_names_files_that_can_be_read(config):
     for pattern in config.hub.files:
-        assert pattern.rstrip("*").endswith((*LINES, *TABLES, *COMPRESSED)), pattern
+        assert can_read(PurePath(pattern.rstrip("*"))), pattern
 
 
 def test_columns_are_those_of_the_template(config):
@@ -128,6 +134,12 @@ def test_records_become_the_papers_texts(name, runs):
 def test_wildchat_keeps_gpt_4_only(runs):
     config = load_recipe(f"{FILE}:wildchat", PrepareConfig)
     assert render(config, {"model": "gpt-3.5-turbo-0301", "conversation": TURNS}) is None
+
+
+def test_open_r1_math_keeps_what_was_judged_right_only(runs):
+    config = load_recipe(f"{FILE}:open_r1_math", PrepareConfig)
+    record = {"problem": "1+1?", "generations": ["3", "4"], "correctness_math_verify": [False, False]}
+    assert render(config, record) is None
 
 
 def test_a_manifest_with_nothing_left_to_read_needs_no_hub(config):

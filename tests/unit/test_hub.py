@@ -24,13 +24,16 @@ import pytest
 
 from megatron_octo.config.data import CorpusFacts, HubSource, PrepareConfig
 from megatron_octo.data import hub as hub_module
-from megatron_octo.data.hub import HubFile, check_access, downloads_folder, fetch, plan_downloads, release
+from megatron_octo.data.hub import HubFile, check_access, downloads_folder, fetch, release
+from megatron_octo.data.hub_listing import plan_downloads
+from megatron_octo.data.inputs import find_inputs
 from megatron_octo.data.prepare import prepare
 from megatron_octo.data.read import read_records
 from megatron_octo.errors import BadInput, OctoError
 from tests.conftest import REPOSITORY, snapshot
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONVERTED = COMMIT[::-1]
 GOOD, BAD = "hf_thetokenthathasaccess", "hf_thetokenthathasnone"
 LARGE = bytes(range(256)) * 4096  # 1 MiB
 Usage = namedtuple("Usage", "total used free")
@@ -42,6 +45,10 @@ class Repository:
 
     files: dict[str, bytes]
     gated: bool = False
+    card: dict[str, object] = field(default_factory=dict)
+    """What its README.md says in front of the text."""
+    converted: dict[str, bytes] = field(default_factory=dict)
+    """The Hub's own conversion to Parquet."""
 
 
 @dataclass
@@ -84,16 +91,16 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         url = urlsplit(self.path)
-        path = unquote(url.path)
-        self.hub.asked.append((self.command, path, headers))
-        if match := re.fullmatch(r"/get/([^/]+/[^/]+)/(.+)", path):
-            self._content(self.hub.repositories[match[1]].files[match[2]], headers)
+        self.hub.asked.append((self.command, unquote(url.path), headers))
+        if match := re.fullmatch(r"/get/([^/]+/[^/]+)/(.+)", unquote(url.path)):
+            repository = self.hub.repositories[match[1]]
+            self._content({**repository.files, **repository.converted}[match[2]], headers)
             return
-        match = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", path)
+        match = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", url.path)
         if not match:
             self._send(404, {})
             return
-        name, verb, revision, rest = match.groups()
+        name, verb, revision, rest = map(unquote, match.groups())
         if name in self.hub.renamed:
             self._send(307, {"Location": self.path.replace(name, self.hub.renamed[name])})
             return
@@ -102,13 +109,16 @@ class Handler(BaseHTTPRequestHandler):
             repository, verb, revision, headers.get("authorization", "").removeprefix("Bearer ")
         ):
             self._send(*refusal)
-        elif verb == "revision":
-            self._send(200, {}, {"id": name, "sha": COMMIT})
+            return
+        converted = revision in ("refs/convert/parquet", CONVERTED)
+        commit, files = (CONVERTED, repository.converted) if converted else (COMMIT, repository.files)
+        if verb == "revision":
+            self._send(200, {}, {"id": name, "sha": commit, "cardData": repository.card})
         elif verb == "tree":
-            entries = tree(repository.files, rest, recursive=parse_qs(url.query)["recursive"] == ["true"])
+            entries = tree(files, rest, recursive=parse_qs(url.query)["recursive"] == ["true"])
             self._send(*((200, {}, entries) if entries else (404, {"X-Error-Code": "EntryNotFound"})))
         else:
-            about = {"X-Repo-Commit": COMMIT, "ETag": '"e"', "X-Linked-Size": str(len(repository.files[rest]))}
+            about = {"X-Repo-Commit": commit, "ETag": '"e"', "X-Linked-Size": str(len(files[rest]))}
             self._send(302, {**about, "Location": f"{self.hub.storage_url}/get/{name}/{rest}"})
 
     def _refusal(
@@ -119,7 +129,8 @@ class Handler(BaseHTTPRequestHandler):
             return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}
         if repository is None:
             return 404 if token else 401, {"X-Error-Code": "RepoNotFound"}
-        if revision not in ("main", COMMIT):
+        known = ("refs/convert/parquet", CONVERTED) if repository.converted else ()
+        if revision not in ("main", COMMIT, *known):
             return 404, {"X-Error-Code": "RevisionNotFound"}
         if verb == "resolve" and repository.gated and token != GOOD:
             return 403 if token else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."}
@@ -343,9 +354,117 @@ def test_a_pattern_that_fits_nothing_shows_what_is_near(fake, config, pattern, n
     assert near in caught.value.fix
 
 
+def test_a_pattern_means_what_it_means_to_glob(fake, config):
+    names = ("a.jsonl", "x/a.jsonl", "x/y/a.jsonl", "x/y/b.jsonl", "xy/a.jsonl")
+    fake.repositories["owner/public"] = Repository(dict.fromkeys(names, b"{}"))
+
+    def found(*patterns: str) -> list[str]:
+        return [each.path for each in plan_downloads(replace(config.hub, files=patterns))]
+
+    assert found("*.jsonl") == ["a.jsonl"]
+    assert found("*/*.jsonl") == ["x/a.jsonl", "xy/a.jsonl"]
+    assert found("**/a.jsonl") == ["a.jsonl", "x/a.jsonl", "x/y/a.jsonl", "xy/a.jsonl"]
+    assert found("x/**") == ["x/a.jsonl", "x/y/a.jsonl", "x/y/b.jsonl"]
+    assert found("x/**/[b-z].jsonl", "?.jsonl") == ["a.jsonl", "x/y/b.jsonl"]
+
+
 def test_a_file_of_no_kind_that_we_read_is_refused(fake, config):
     with pytest.raises(BadInput, match=r"README\.md is of no kind that can be read"):
         plan_downloads(replace(config.hub, files=("*",)))
+
+
+CARD = [
+    {
+        "config_name": "main",
+        "data_files": [{"split": "train", "path": "main/train-*"}, {"split": "test", "path": "t.jsonl"}],
+    },
+    {"config_name": "socratic", "default": True, "data_files": {"train": ["s/a.jsonl", "s/b.jsonl"]}},
+    {"config_name": "plain", "data_dir": "p", "data_files": "**/*.jsonl"},
+    {"config_name": "nowhere"},
+]
+
+
+@pytest.fixture
+def named(fake):
+    """The paths of what (subset, split, revision) name in a data set of these files, card and conversion."""
+
+    def paths(subset: str, split: str, *, files=(), card=None, converted=(), revision: str = "main") -> list[str]:
+        fake.repositories["owner/named"] = Repository(
+            dict.fromkeys(("README.md", *files), b"{}"),
+            card={"license": "mit", "configs": card} if card else {},
+            converted=dict.fromkeys(converted, b"{}"),
+        )
+        hub = HubSource(repository="owner/named", subset=subset, split=split, revision=revision)
+        return [each.path for each in plan_downloads(hub)]
+
+    return paths
+
+
+def test_a_subset_and_a_split_are_the_files_that_the_card_says(named):
+    files = ("main/train-0.jsonl", "main/train-1.jsonl", "main/test-0.jsonl", "t.jsonl", "s/a.jsonl", "s/b.jsonl")
+    files += ("p/a.jsonl", "p/q/b.jsonl")
+    for subset, split, found in (
+        ("main", "train", ["main/train-0.jsonl", "main/train-1.jsonl"]),
+        ("main", "test", ["t.jsonl"]),
+        ("socratic", "train", ["s/a.jsonl", "s/b.jsonl"]),
+        ("", "train", ["s/a.jsonl", "s/b.jsonl"]),
+        ("plain", "train", ["p/a.jsonl", "p/q/b.jsonl"]),
+    ):
+        assert named(subset, split, files=files, card=CARD) == found
+    assert named("", "test", files=files, card=CARD[:1]) == ["t.jsonl"]
+    assert named("", "test", files=files, card=CARD[0]) == ["t.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "card", "reason", "fix"),
+    [
+        (("mian", "train"), CARD, "no subset mian", "main, socratic, plain"),
+        (("", "train"), [CARD[0], CARD[2]], "no default subset", "main, plain"),
+        (("main", "dev"), CARD, "no split dev in subset main", "train, test"),
+        (("", "train"), ["main"], "malformed at `configs`", "`files`"),
+        (("", "train"), [{"data_files": [{"split": "train"}]}], "malformed at `configs`", "`files`"),
+        (("main", "train"), CARD, r"no file 'main/train-\*'", "README.md"),
+    ],
+)
+def test_a_subset_or_a_split_that_there_is_not_is_named_with_those_there_are(named, asked, card, reason, fix):
+    with pytest.raises(BadInput, match=reason) as caught:
+        named(*asked, card=card)
+    assert fix in caught.value.fix
+
+
+def test_without_a_card_a_split_is_where_uploads_put_it(named):
+    files = ("data/train-0.parquet", "data/train_sft-0.parquet", "extra/train-0.parquet", "data/test-0.parquet")
+    assert named("", "train", files=files) == ["data/train-0.parquet"]
+    assert named("extra", "train", files=files, card=[{"config_name": "extra"}]) == ["extra/train-0.parquet"]
+
+
+def test_else_a_split_is_where_the_hub_has_converted_it(fake, named, tmp_path):
+    converted = ("default/train/0000.parquet", "default/train/0001.parquet", "other/partial-train/0000.parquet")
+    found = ["default/train/0000.parquet", "default/train/0001.parquet"]
+    assert named("", "train", files=("a.csv",), converted=converted) == found
+    (file, _) = plan_downloads(HubSource(repository="owner/named", split="train"))
+    assert file.commit == CONVERTED
+    assert fetch(file, tmp_path).read_bytes() == b"{}"
+    for subset, split, reason in (
+        ("other", "train", "converted only its beginning"),
+        ("third", "train", "no subset third"),
+        ("default", "test", "no split test in subset default"),
+    ):
+        with pytest.raises(BadInput, match=reason):
+            named(subset, split, converted=converted)
+    for revision, reason in (("main", "nor has the Hub converted it"), (COMMIT, r"no data/train-\*$")):
+        with pytest.raises(BadInput) as caught:
+            named("", "train", converted=converted if revision == COMMIT else (), revision=revision)
+        assert re.search(reason, caught.value.what)
+        assert "`files`" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "named_by", [{}, {"subset": "main"}, {"files": ("a",), "split": "b"}, {"files": ("a",), "subset": "b"}]
+)
+def test_a_source_names_files_or_a_split(named_by):
+    with pytest.raises(BadInput, match="data set owner/public with files"):
+        HubSource(repository="owner/public", **named_by)
 
 
 def test_a_token_that_the_hub_does_not_know_is_told_so(fake, config, monkeypatch):
@@ -358,7 +477,16 @@ def test_offline_says_how_to_go_on(fake, config, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match="only when online") as caught:
         plan_downloads(config.hub)
-    assert "hf download owner/public --repo-type dataset --revision main --include 'data/*.jsonl'" in caught.value.fix
+    assert (
+        "hf download owner/public --repo-type dataset --revision main --include 'data/*.jsonl' --local-dir"
+        in caught.value.fix
+    )
+    with pytest.raises(BadInput) as caught:
+        plan_downloads(replace(config.hub, files=("data/**/*.jsonl",)))
+    assert "--include 'data/**.jsonl' --local-dir" in caught.value.fix  # there a star stands for folders too
+    with pytest.raises(BadInput) as caught:
+        plan_downloads(replace(config.hub, files=(), split="train"))
+    assert "--revision main --local-dir" in caught.value.fix
     assert "`input`" in caught.value.fix
     assert fake.asked == []
 
@@ -370,36 +498,60 @@ def test_an_unreachable_hub_says_how_to_go_on(fake, config, monkeypatch):
     assert "`input`" in caught.value.fix
 
 
-def test_a_disk_must_hold_the_largest_files_and_the_tokens(fake, config, large, monkeypatch):
+@pytest.fixture
+def free(monkeypatch):
+    """Sets what is free on the disk."""
+    return lambda length: monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, length))
+
+
+def test_a_disk_must_hold_the_largest_files_and_the_tokens(fake, config, free):
+    small = fake.repositories["owner/public"].files["data/a.jsonl"]
+    fake.repositories["owner/public"].files |= {"data/c.jsonl": LARGE, "data/d.jsonl": LARGE, "data/e.jsonl": small}
     config = replace(config, facts=CorpusFacts(licence="MIT", expected_tokens=300))
-    files = [large, *plan_downloads(config.hub), replace(large, path="d.parquet")]
     needed = 2 * len(LARGE) + 300 * 4
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, needed))
-    check_access(config, files, files_at_once=2)
-    with pytest.raises(BadInput, match="the largest 3 of 4 files"):
-        check_access(config, files, files_at_once=3)
+    free(needed)
+    find_inputs(config)
+    free(needed - 1)
+    with pytest.raises(BadInput, match=r"needs 2\.0 MiB .* 2\.0 MiB are free.*the largest 2 of 5 files.* 1,200 bytes"):
+        find_inputs(config)
     with pytest.raises(BadInput, match=r"1,500 bytes for the tokens \(300 of 5 bytes, as facts\.expected_tokens says"):
-        check_access(replace(config, template="chat", mark_answers=True), files, files_at_once=2)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, needed - 1))
-    with pytest.raises(BadInput, match=r"needs 2\.0 MiB .* 2\.0 MiB are free.* 1,200 bytes for the tokens"):
-        check_access(config, files, files_at_once=2)
+        find_inputs(replace(config, template="chat", mark_answers=True))
+    free(300 * 4 - 1)
+    with pytest.raises(BadInput, match=r"600 bytes for the tokens"):
+        find_inputs(config, token_bytes=2)
 
 
-def test_what_is_there_already_needs_no_room(fake, config, large, monkeypatch):
+def test_what_is_there_already_needs_no_room(fake, config, free):
     config = replace(config, facts=CorpusFacts(licence="MIT", expected_tokens=300))
-    fetch(large, downloads_folder(config))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 200))
-    check_access(config, [large], written_bytes=1000)
+    for file in plan_downloads(config.hub):
+        fetch(file, downloads_folder(config))
+    config.output.mkdir()
+    (config.output / "00000.bin").write_bytes(bytes(1000))
+    free(200)
+    find_inputs(config)
+    (config.output / "00000.bin").write_bytes(bytes(999))
     with pytest.raises(BadInput, match="200 bytes are free"):
-        check_access(config, [large], written_bytes=999)
+        find_inputs(config)
 
 
-def test_without_a_count_of_tokens_their_room_is_guessed(fake, config, large, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 3 * len(LARGE) - 1))
+def test_without_a_count_of_tokens_their_room_is_guessed(fake, config, free):
+    config = replace(config, hub=replace(config.hub, files=("large/*.parquet",)))
+    free(3 * len(LARGE) - 1)
     with pytest.raises(BadInput, match=r"2\.0 MiB for the tokens \(guessed from the files' length\)"):
-        check_access(config, [large])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 3 * len(LARGE)))
-    check_access(config, [large])
+        find_inputs(config)
+    free(3 * len(LARGE))
+    find_inputs(config)
+
+
+def test_a_disk_must_hold_the_tokens_of_files_of_this_machine(config, free, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' * 100)
+    config = replace(config, hub=None, input=tmp_path / "a.jsonl")
+    free(1400)
+    find_inputs(config)
+    free(1399)
+    with pytest.raises(BadInput, match=r"needs 1,400 bytes .* 1,399 bytes are free: 1,400 bytes for the tokens"):
+        find_inputs(config)
+    find_inputs(replace(config, facts=CorpusFacts(licence="MIT", expected_tokens=100)))
 
 
 def test_a_file_that_the_hub_does_not_serve_whole_is_refused_before(fake, config, large):
@@ -513,7 +665,7 @@ def test_the_token_is_never_shown(fake, gated, monkeypatch, tmp_path, caplog):
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_the_hubs_own_environment_variables_are_honoured(fake, tmp_path, offline):
     program = (
-        "from megatron_octo.config.data import HubSource\nfrom megatron_octo.data.hub import plan_downloads\n"
+        "from megatron_octo.config.data import HubSource\nfrom megatron_octo.data.hub_listing import plan_downloads\n"
         "print(len(plan_downloads(HubSource(repository='owner/public', files=('data/*.jsonl',)))))"
     )
     environment = {**os.environ, "HF_ENDPOINT": fake.url, "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path)}
@@ -527,7 +679,7 @@ def test_the_hubs_own_environment_variables_are_honoured(fake, tmp_path, offline
 
 
 def test_hugging_face_is_loaded_only_when_it_is_used():
-    program = "import sys, megatron_octo.data.hub\nprint('huggingface_hub' in sys.modules, 'httpx' in sys.modules)"
+    program = "import sys, megatron_octo.data.inputs\nprint('huggingface_hub' in sys.modules, 'httpx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
 

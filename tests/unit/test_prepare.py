@@ -159,6 +159,38 @@ def test_a_compressed_file_gives_the_same_tokens(config):
     assert (again.output / "00000.bin").read_bytes() == (config.output / "00000.bin").read_bytes()
 
 
+def test_a_json_array_gives_the_same_tokens(config):
+    prepare(config)
+    rows = [json.loads(line) for line in config.input.read_text().splitlines()]
+    array = config.input.with_suffix(".json")
+    array.write_text(json.dumps(rows, indent=2))
+    again = replace(config, input=array, output=config.output.with_name("again"), piece_bytes=500)
+    prepare(again)
+    assert (again.output / "00000.bin").read_bytes() == (config.output / "00000.bin").read_bytes()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_record_that_is_too_long_is_left_out_with_its_beginning(config, num_workers):
+    lines = config.input.read_text().splitlines()
+    longest = max(map(len, lines))
+    lines[7] = json.dumps({"question": "q", "thinking": "long" * longest, "answer": "a"})
+    config.input.write_text("\n".join(lines))
+    config = replace(config, longest_record_bytes=longest, on_bad_record="skip", most_bad_share=0.1)
+    manifest = prepare(config, num_workers=num_workers)
+    assert (manifest.documents, manifest.rejected) == (49, 1)
+    row = json.loads((config.output / "rejected.jsonl").read_text())
+    assert (row["line"], row["record"]) == (8, lines[7][:longest])
+    assert row["reason"] == f"{len(lines[7]) + 1:,} bytes are more than longest_record_bytes"
+
+
+def test_a_record_of_which_nothing_is_chosen_is_counted_as_filtered(config, tmp_path):
+    rows = [{"q": "Q?", "found": ["a", "b"], "right": [False, number > 0]} for number in range(3)]
+    (tmp_path / "chosen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = (("question", "q"), ("answer", "found[right]"))
+    manifest = prepare(replace(config, input=tmp_path / "chosen.jsonl", template="question_answer", columns=columns))
+    assert (manifest.documents, manifest.filtered, manifest.rejected) == (2, 1, 0)
+
+
 def test_a_finished_data_set_is_kept_even_when_its_input_is_gone(config):
     first = prepare(config)
     times = [path.stat().st_mtime_ns for path in sorted(config.output.iterdir())]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 
+from megatron_octo.config.data import PrepareConfig
 from megatron_octo.data.templates import BadRecord, column_names, renderer
+from megatron_octo.errors import BadInput
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
@@ -82,6 +87,77 @@ def test_a_format_string_takes_columns_and_keeps_doubled_braces():
         render({"problem": "P"})
 
 
+def test_a_format_string_takes_numbers_as_they_are_written():
+    render = renderer("format", format_string="{a} {b.0}")
+    assert render({"a": 118, "b": [0.5]}).text == "118 0.5"
+    for value in (True, None, math.nan, [1], {"c": 1}):
+        with pytest.raises(BadRecord, match="a is "):
+            render({"a": value, "b": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("format_string", "reason"),
+    [
+        ("{a", "is broken: expected '}'"),
+        ("a}", "is broken: Single '}'"),
+        ("{a!r}", r"asks for 'a' in another form \(r\)"),
+        ("{a:05d}", r"asks for 'a' in another form \(05d\)"),
+        ("{a:{b}}", r"asks for 'a' in another form"),
+        ("{}\n{b}", "has braces without a column"),
+        ("the same for all", "names no column"),
+        ("{a[0]}", r"column 'a\[0\]' is no place in a record"),
+    ],
+)
+def test_a_format_string_that_would_not_do_is_refused_before_anything_is_read(format_string, reason):
+    with pytest.raises(BadInput, match=reason) as error:
+        config(template="format", format_string=format_string)
+    assert error.value.fix
+
+
+def config(**fields) -> PrepareConfig:
+    return PrepareConfig(name="own", input=Path("a.jsonl"), tokenizer=Path("t"), output=Path("o"), **fields)
+
+
+CHOICE = (("answer", "generations[correct]"),)
+
+
+def test_the_first_item_whose_flag_is_true_is_chosen():
+    render = renderer("question_answer", columns=CHOICE)
+    record = {"question": "Q?", "generations": ["a", "b", "c"]}
+    assert render({**record, "correct": [False, True, True]}).text == "Q?\nb"
+    assert render({**record, "correct": [None, None, True]}).text == "Q?\nc"
+
+
+@pytest.mark.parametrize("correct", [[False, False], [None, None], None])
+def test_a_record_of_which_nothing_is_right_is_left_out(correct):
+    assert (
+        renderer("question_answer", columns=CHOICE)({"question": "Q?", "generations": ["a", "b"], "correct": correct})
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("generations", "correct", "reason"),
+    [
+        (["a", "b"], [True], "of one length"),
+        ("a", [True], "of one length"),
+        (["a"], "yes", "of one length"),
+        (["a", "b"], [False, 1], "something else than true and false"),
+        (["a"], ["true"], "something else than true and false"),
+        ([None], [True], "answer is missing"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_a_bad_record(generations, correct, reason):
+    with pytest.raises(BadRecord, match=reason):
+        renderer("question_answer", columns=CHOICE)({"question": "Q?", "generations": generations, "correct": correct})
+
+
+@pytest.mark.parametrize("column", ["generations[0]", "generations[", "a[b]c", "[correct]", "a[b][c]"])
+def test_a_column_that_is_no_place_in_a_record_is_refused(column):
+    with pytest.raises(BadInput, match="is no place in a record"):
+        config(template="text", columns=(("text", column),))
+
+
 def test_conversations_of_other_models_are_left_out():
     render = renderer("chat", chat_models=("gpt-4",))
     assert render({"messages": TURNS, "model": "gpt-4-0314"}).text == "User:Hi\nAssistant:Ho"
@@ -100,5 +176,6 @@ def test_turns_of_other_make_are_read():
 
 def test_the_columns_that_a_table_must_have():
     assert column_names("chat", chat_models=True) == ["messages", "model"]
-    assert column_names("question_answer", columns=(("answer", "generations.0"),)) == ["question", "generations"]
-    assert column_names("format", format_string="{a.b}{c}{c}") == ["a", "c"]
+    assert column_names("question_answer", columns=(("answer", "generations.0"),)) == ["question", "generations.0"]
+    assert column_names("question_answer", columns=CHOICE) == ["question", "generations", "correct"]
+    assert column_names("format", format_string="{a.b}{c}{c}") == ["a.b", "c"]

@@ -135,7 +135,9 @@ def test_merged_data_sets_hold_all_documents_and_verify(config, tmp_path):
 def test_data_sets_prepared_differently_are_not_merged(config, tmp_path):
     other = replace(config, output=tmp_path / "b", bos=False, eos_token="<pad>", mark_answers=False)
     prepare(other, num_workers=1)
-    with pytest.raises(BadInput, match=r"bos True and False; mark_answers True and False; .*eos_token '</s>' and '<pad>'"):
+    with pytest.raises(
+        BadInput, match=r"bos True and False; mark_answers True and False; .*eos_token '</s>' and '<pad>'"
+    ):
         merge(tmp_path / "both", [config.output, other.output], name="both")
     assert not (tmp_path / "both").exists()
     with pytest.raises(BadInput, match="exists"):
