@@ -4,13 +4,15 @@
 
 The classic way is that of Megatron's preprocess_data.py: a pool of processes, Hugging Face's tokenizers document by
 document, megatron-core's IndexedDatasetBuilder. Both read the same file of JSON lines, made of the texts given,
-repeated to `--sample-mb`; ours then reads one of `--large-mb`, and its memory (the sum of the proportional set sizes
-of all its processes) is sampled. Both sides must write the same ids. The last line's `ratio` is ours over theirs.
+repeated to `--sample-mb`; ours then reads one of `--large-mb`, in records of `--record-mb`, and its memory (the sum of
+the proportional set sizes of all its processes) is sampled. Both sides must write the same ids. The last line's
+`ratio` is ours over theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -41,6 +43,9 @@ def main() -> None:
     options.add_argument("--workers", type=int, default=2)
     options.add_argument("--sample-mb", type=int, default=200, help="text that both sides read")
     options.add_argument("--large-mb", type=int, default=2000, help="text on which memory is measured")
+    options.add_argument(
+        "--record-mb", type=float, default=0, help="at least, of that file; 0 leaves the texts as they are"
+    )
     options.add_argument("--repeats", type=int, default=1)
     options.add_argument("--json", action="store_true", help="accepted; the output is JSON anyway")
     own = options.parse_args()
@@ -52,7 +57,7 @@ def main() -> None:
             ours.append(measure(lambda: prepare(sample, own.tokenizer, folder / "ours", own.workers)))
             theirs.append(measure(lambda: classic(sample, own.tokenizer, folder / "theirs", own.workers)))
         same = (folder / "ours" / "00000.bin").read_bytes() == (folder / "theirs.bin").read_bytes()
-        large = write_text(own.text, folder / "large.jsonl", own.large_mb * MB)
+        large = write_text(own.text, folder / "large.jsonl", own.large_mb * MB, own.record_mb * MB)
         on_large = measure(lambda: prepare(large, own.tokenizer, folder / "large", own.workers))
         result = {
             "hardware": {"cores": os.cpu_count()},
@@ -69,20 +74,16 @@ def main() -> None:
     json.dump(result, sys.stdout, indent=2)
 
 
-def write_text(inputs: Sequence[Path], output: Path, size: int) -> Path:
-    """JSON lines of the texts, over and over until they have `size` bytes."""
-    lines = [
-        json.dumps({"text": record["text"]}).encode() + b"\n"
-        for path in inputs
-        for file in input_files(path)
-        for record in read_records(file)
-    ]
+def write_text(inputs: Sequence[Path], output: Path, size: int, record_bytes: float = 0) -> Path:
+    """JSON lines of the texts, as many in one as have `record_bytes`, over and over until they have `size` bytes."""
+    files = [file for path in inputs for file in input_files(path)]
+    texts = itertools.cycle([record["text"] for file in files for record in read_records(file)])
     with output.open("wb") as out:
         while out.tell() < size:
-            for line in lines:
-                out.write(line)
-                if out.tell() >= size:
-                    break
+            parts = [next(texts)]
+            while sum(map(len, parts)) < record_bytes:
+                parts.append(next(texts))
+            out.write(json.dumps({"text": "\n".join(parts)}).encode() + b"\n")
     return output
 
 

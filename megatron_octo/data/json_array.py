@@ -69,7 +69,7 @@ class _Window:
             except json.JSONDecodeError as error:
                 problem = error.msg
             if len(self._held) - self._at > self._longest:
-                raise ValueError(f"an element is malformed, or longer than {self._longest:,} bytes")
+                raise ValueError(f"an item is malformed JSON, or longer than longest_record_bytes ({self._longest:,})")
             if not self._more():
                 raise ValueError(f"malformed JSON: {problem}")
 
