@@ -27,8 +27,10 @@ FILES = {
     "Llama2Tokenizer": "tokenizer.model",
     "TikTokenizer": "tokenizer.model",
 }
-AS_JSON = "save it as a tokenizer.json: transformers.AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER); then \
---tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER"
+AS_JSON = (
+    "save it as a tokenizer.json: transformers.AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER); then "
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER"
+)
 REFUSED = {
     "--split-sentences": "split them beforehand: one sequence is one document here",
     "--find-optimal-num-workers": "leave it out; `--workers` is at best the number of cores",

@@ -172,8 +172,8 @@ def test_a_dead_worker_is_said_and_a_rerun_goes_on(config, whole, monkeypatch):
 
     make = module.encoder
 
-    def dying(settings, tokenizer):
-        encode, seen = make(settings, tokenizer), []
+    def dying(settings, tokenizer, **options):
+        encode, seen = make(settings, tokenizer, **options), []
 
         def function(piece):
             seen.append(piece)
