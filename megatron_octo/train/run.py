@@ -120,13 +120,13 @@ def check(config: MidTrainConfig, world_size: int, *, reweigh: bool = False) -> 
     finished(config, reweigh=reweigh)
     mixture = read_mixture(config.data, model_vocab_size=config.model.vocab_size)
     resumed = latest_save(rundir.run_folder(config.name))
+    check_budget(config, mixture, data_phases(config, resumed, None)[-1])
     if resumed is not None:  # the start is behind it: its folder may be gone
         check_unchanged(mixture, read_state(resumed).data, resumed)
         folder, parent = None, lineage.read(resumed).parent
     else:
         folder = start_folder(config, mixture)
         parent = lineage.read_if_present(folder) if folder else None
-    check_budget(config, mixture, data_phases(config, resumed, folder)[-1])
     return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=parent)
 
 
