@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_octo.budget.ledger import Phase
+from megatron_octo.config.base import fingerprint, to_dict
 from megatron_octo.config.data import MixtureConfig, PrepareConfig, SourceConfig
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.schedule import ConstantRate
@@ -24,7 +26,10 @@ from megatron_octo.data.manifest import (
     tokenizer_sha256,
     write_manifest,
 )
-from megatron_octo.rundir import mark_done
+from megatron_octo.data.mixture import read_mixture
+from megatron_octo.data.phase import open_ledger, open_phase
+from megatron_octo.rundir import mark_done, run_folder, step_folder, write_json
+from megatron_octo.train.state import TrainState
 
 VOCAB = 64
 EOS = 2
@@ -147,3 +152,21 @@ def stage(data: Path, name: str, *, steps: int = 20, save_every: int = 20) -> Mi
         save=SaveConfig(every_steps=save_every),
         log_every_steps=5,
     )
+
+
+def write_cut_off_run(config: MidTrainConfig, step: int) -> Path:
+    """The run's folder as it says, apart from weights, that the run was cut off after its save of `step`."""
+    run, mixture = run_folder(config.name), read_mixture(config.data, model_vocab_size=VOCAB)
+    save, phases, consumed = step_folder(run, step), (Phase(sources=config.data.sources),), step * BATCH
+    dataset = open_phase(config, mixture, phases[0], cache=run / "index")
+    assert dataset
+    mark_done(run / "index", fingerprint(phases[0]))
+    for folder in (run, save):
+        write_json(folder / "config.json", to_dict(config))
+    state = TrainState(
+        step=step, consumed_sequences=consumed, tokens=step * config.batch_tokens, data=mixture.identities
+    )
+    state.write(save)
+    write_json(save / "ledger.json", to_dict(open_ledger(config, mixture, phases, dataset).record(consumed)))
+    mark_done(save)
+    return run

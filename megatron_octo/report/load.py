@@ -129,8 +129,10 @@ def _start_tokens(stable: MidTrainConfig | None, train: MidTrainConfig) -> int:
     """Tokens that the stable stage trained on where `train` left it; 0 where it is not part of the report."""
     if stable is None:
         return 0
-    step = train.start.step if isinstance(train.start, FromRun) else None
-    return stable.budget.train_tokens if step is None else step * stable.batch_tokens
+    start = train.start
+    if not isinstance(start, FromRun) or (start.step is None and start.tokens is None):
+        return stable.budget.train_tokens
+    return start.tokens if start.tokens is not None else (start.step or 0) * stable.batch_tokens
 
 
 def _branch(source: BranchSource, label: str, start: int, notes: list[str]) -> Branch:

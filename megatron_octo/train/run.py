@@ -23,6 +23,7 @@ from megatron_octo.console import duration, logger
 from megatron_octo.data.loader import Loader
 from megatron_octo.data.mixture import Mixture, check_unchanged, read_mixture
 from megatron_octo.data.phase import open_ledger, open_phase
+from megatron_octo.errors import BadInput
 from megatron_octo.model.build import check_platform
 from megatron_octo.model.weights import load_weights
 from megatron_octo.platform import resolve
@@ -117,17 +118,35 @@ def check(config: MidTrainConfig, world_size: int, *, reweigh: bool = False) -> 
             import or the parent's save is missing, does not fit, or was prepared anew since the last save.
     """
     plan = config.resolve(world_size)
+    check_supported(config)
     finished(config, reweigh=reweigh)
     mixture = read_mixture(config.data, model_vocab_size=config.model.vocab_size)
     resumed = latest_save(rundir.run_folder(config.name))
+    check_budget(config, mixture, data_phases(config, resumed, None)[-1])
     if resumed is not None:  # the start is behind it: its folder may be gone
         check_unchanged(mixture, read_state(resumed).data, resumed)
         folder, parent = None, lineage.read(resumed).parent
     else:
         folder = start_folder(config, mixture)
         parent = lineage.read_if_present(folder) if folder else None
-    check_budget(config, mixture, data_phases(config, resumed, folder)[-1])
     return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=parent)
+
+
+def check_supported(config: MidTrainConfig) -> None:
+    """Refuse settings that full-size recipes state and that training cannot follow yet.
+
+    Raises:
+        BadInput: there is one.
+    """
+    wanted = (
+        ("precision.fp8", config.precision.fp8, "off"),
+        ("parallel.fsdp", config.parallel.fsdp, False),
+        ("compute.recompute", config.compute.recompute, "none"),
+        ("compute.cuda_graphs", config.compute.cuda_graphs, False),
+    )
+    for name, value, supported in wanted:
+        if value != supported:
+            raise BadInput(f"{name} {value} is not in this version yet", fix=f"set {name} to {supported}")
 
 
 def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path) -> None:

@@ -74,7 +74,7 @@ def shared_data(start: FromRun, mixture: Mixture, save: Path) -> str:
     shared = sorted({mixture.names[each.source] for each in mixture.shards if each.prefix.resolve() in read})
     if not shared:
         return "reads no data set that the parent read"
-    how = "after what it read" if start.skip_consumed else "from the beginning again (start.skip_consumed False)"
+    how = "after what it read" if start.skip_consumed else "from the beginning again (--start.skip-consumed goes on)"
     return f"data sets that the parent read too: {', '.join(shared)}; this stage reads them {how}"
 
 
@@ -124,7 +124,7 @@ def _check_branch(config: MidTrainConfig, start: FromRun, mixture: Mixture, save
     if not start.rate_jump and not math.isclose(ours, theirs, rel_tol=1e-12):
         raise BadInput(
             f"the learning rate would jump: {theirs:g} in {save}, {ours:g} at this stage's first step",
-            fix=f"begin at {theirs:g} (learning_rate.peak, without warm-up), or allow it (start.rate_jump True)",
+            fix=f"begin at {theirs:g} (learning_rate.peak, without warm-up), or allow it (--start.rate-jump)",
         )
     if state.tokenizer_sha256 not in ("", mixture.tokenizer_sha256):
         raise BadInput(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import REPOSITORY, Octo
 
-READ_ONLY = ("doctor", "recipes")
+READ_ONLY = ("doctor", "recipes", "runs")
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_octo import console, rundir
 from megatron_octo.config.data import SourceConfig
-from megatron_octo.config.schedule import ConstantRate, CosineRate
+from megatron_octo.config.schedule import ConstantRate, CosineRate, LinearRate, WSDRate
 from megatron_octo.config.train import (
     FromImport,
     FromRun,
@@ -25,7 +25,8 @@ from megatron_octo.config.train import (
     ParallelConfig,
     PrecisionConfig,
 )
-from tests.prepared import stage, write_data, write_tokenizer, write_uniform_source
+from tests.conftest import snapshot
+from tests.prepared import stage, write_data, write_source, write_tokenizer, write_uniform_source
 
 LAYOUTS = {
     "dp2": ParallelConfig(),
@@ -47,7 +48,9 @@ def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     if rank == 0:
         write_data(folder / "data")
-        write_uniform_source(folder / "data" / "uniform", write_tokenizer(folder / "data" / "tokenizer"))
+        tokenizer = write_tokenizer(folder / "data" / "tokenizer")
+        write_uniform_source(folder / "data" / "uniform", tokenizer)
+        write_source(folder / "data" / "c", tokenizer, seed=5)
         with alone():
             train_alone(folder)
     train_together(folder)
@@ -77,9 +80,15 @@ def train_alone(folder: Path) -> None:
     train(replace(ten, name="ten-resumed"))
 
     # branches of the reference's last save
-    branch = replace(child(folder, "decay"), start=FromRun(run="reference"))
+    stable = replace(child(folder, "decay"), start=FromRun(run="reference"))
     decay = CosineRate(peak=PEAK, floor=PEAK / 10)
-    train(replace(branch, learning_rate=decay, save=replace(branch.save, every_steps=5, keep_last=2)))
+    train(replace(stable, learning_rate=decay, save=replace(stable.save, every_steps=5, keep_last=2)))
+
+    # other weights from the last save on
+    interrupt("reference", "reweighed", after=10)
+    train(reweighed(folder, "reweighed"), reweigh=True)
+
+    branches(folder)
 
     # every sequence is the same, so a branch at the same rate is the parent gone on
     uniform = uniform_stage(data, "uniform", steps=10)
@@ -94,6 +103,36 @@ def train_alone(folder: Path) -> None:
     train(replace(short(stage(data, "imported", steps=2)), start=FromImport(path=folder / "import")))
     train(bf16(folder, "bf16"))
     write_groups(rundir.step_folder(run, 20), folder / "groups.json")
+
+
+def branches(folder: Path) -> None:
+    """Two branches of the reference's save after 10 steps, in both orders; a resume of one; one of weights alone."""
+    import torch
+
+    parent, states = rundir.run_folder("reference"), {}
+    before = snapshot(parent)
+    for name in ("short-first", "long-second", "long-first", "short-second", "fresh"):
+        train(branch(folder, name))
+        states[name] = torch.get_rng_state().tolist()
+    interrupt("long-first", "long-resumed", after=5)
+    train(branch(folder, "long-resumed"))
+    write_groups(rundir.step_folder(rundir.run_folder("long-first"), 5), folder / "groups-long.json")
+    rundir.write_json(folder / "branches.json", {"states": states, "untouched": snapshot(parent) == before})
+
+
+def branch(folder: Path, name: str) -> MidTrainConfig:
+    """A decay of 10 steps; a long one reads on after its parent, and its weight decay falls too."""
+    config = replace(stage(folder / "data", name, steps=10, save_every=5), seed=99)
+    start = FromRun(run="reference", tokens=10 * config.batch_tokens, optimizer=name != "fresh")
+    config = replace(config, start=start, learning_rate=CosineRate(peak=PEAK, floor=PEAK / 10))
+    if not name.startswith("long"):
+        return config
+    return replace(
+        config,
+        start=replace(start, skip_consumed=True),
+        learning_rate=WSDRate(peak=PEAK, floor=0.0, decay_tokens=8 * config.batch_tokens, shape="minus_sqrt"),
+        optimizer=replace(config.optimizer, weight_decay_over_tokens=LinearRate(peak=0.1, floor=0.0)),
+    )
 
 
 def write_groups(save: Path, path: Path) -> None:
@@ -126,16 +165,24 @@ def train_together(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def train(config: MidTrainConfig) -> None:
+def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
     """`train`, imported late: the first call decides what this process is."""
     from megatron_octo.train.run import train as run
 
-    run(config)
+    run(config, reweigh=reweigh)
 
 
 def child(folder: Path, name: str) -> MidTrainConfig:
     """20 steps from the weights and moments that all share, saved after 10."""
     return replace(stage(folder / "data", name, steps=20, save_every=10), start=FromRun(run="base"))
+
+
+def reweighed(folder: Path, name: str) -> MidTrainConfig:
+    """`child`, with a third of the weight on source a, and a third source."""
+    config = child(folder, name)
+    a, b = config.data.sources
+    c = replace(a, name="c", path=folder / "data" / "c", weight=0.2)
+    return replace(config, data=replace(config.data, sources=(replace(a, weight=0.3), replace(b, weight=0.5), c)))
 
 
 def bf16(folder: Path, name: str) -> MidTrainConfig:

@@ -6,6 +6,7 @@ One launch of two ranks (`matrix.py`) trains everything; the tests read the run 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_octo import lineage, rundir
+from megatron_octo.budget.ledger import read_ledger
 from megatron_octo.config.base import to_dict
 from tests.conftest import REPOSITORY
 from tests.cpu.matrix import CHANGES, LAYOUTS, PEAK
@@ -141,6 +143,94 @@ def test_a_branch_without_the_moments_differs_from_its_second_step_on(losses):
     kept, fresh = losses("uniform-child"), losses("uniform-fresh")
     assert fresh[0] == kept[0]
     assert fresh[1] != kept[1]
+
+
+def test_rates_are_exact_at_every_step_of_a_branch_and_of_its_resume(metrics):
+    batch = BATCH * SEQ_LENGTH
+    for name in ("long-first", "long-resumed"):
+        rows = metrics(name)
+        assert [row["step"] for row in rows] == list(range(1, 11))
+        for step, row in enumerate(rows):
+            progress = max(0, step - 2) / 8
+            assert row["optim/lr"] == pytest.approx(PEAK * (1 - math.sqrt(progress)), rel=1e-12)
+            assert row["optim/weight_decay"] == pytest.approx(0.1 * (1 - step / 10), rel=1e-12)
+            assert row["tokens"] == (step + 1) * batch
+
+
+def test_the_optimizer_steps_at_these_rates(folder):
+    groups = rundir.read_json(folder / "groups-long.json")  # of the save after step 5
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, pytest.approx(0.06, rel=1e-12)]
+    assert [group["lr"] for group in groups] == pytest.approx([PEAK * (1 - math.sqrt(2 / 8))] * 2, rel=1e-12)
+
+
+def test_branches_are_the_same_in_whichever_order_they_run(folder, metrics):
+    for kind in ("short", "long"):
+        one, other = f"{kind}-first", f"{kind}-second"
+        hashes = [lineage.read(folder / "runs" / name).weights_sha256 for name in (one, other)]
+        assert hashes[0] == hashes[1]
+        assert numbers(metrics(one)) == numbers(metrics(other))
+    assert numbers(metrics("short-first")) != numbers(metrics("long-first"))
+
+
+def test_a_branch_that_was_cut_off_is_the_same_too(folder, metrics):
+    assert numbers(metrics("long-resumed")) == numbers(metrics("long-first"))
+    hashes = {lineage.read(folder / "runs" / f"long-{name}").weights_sha256 for name in ("first", "resumed")}
+    assert len(hashes) == 1
+
+
+def test_branches_never_write_to_their_parent(folder):
+    assert rundir.read_json(folder / "branches.json")["untouched"]
+
+
+def test_a_branch_goes_on_with_its_parents_random_states_unless_it_takes_weights_alone(folder):
+    states = rundir.read_json(folder / "branches.json")["states"]
+    assert states["short-first"] == states["long-first"] != states["fresh"]
+
+
+def test_a_branch_that_reads_on_reads_no_sequence_of_its_parents(folder):
+    parent, child = (read_ledger(rundir.step_folder(folder / "runs" / run, 10)) for run in ("reference", "long-first"))
+    assert child.phases[0].streams == parent.streams
+    used = {stream.prefix: stream.used for stream in parent.streams}
+    for stream in child.streams:
+        assert stream.blocks[0] == next(each for each in parent.streams if each.prefix == stream.prefix).blocks[0]
+    read = sum(stream.used - used[stream.prefix] for stream in child.streams)
+    assert read == 10 * BATCH
+    assert read_ledger(rundir.step_folder(folder / "runs" / "short-first", 10)).phases[0].streams == ()
+
+
+def test_lineage_says_which_save_recipe_data_and_code(folder):
+    link = lineage.read(folder / "runs" / "short-first")
+    assert link.parent
+    assert link.parent == lineage.read(rundir.step_folder(folder / "runs" / "reference", 10))
+    assert (link.parent.step, link.parent.tokens) == (10, 10 * BATCH * SEQ_LENGTH)
+    assert link.code == lineage.code_version()
+    assert [name for name, _ in link.data] == ["a", "b"]
+    assert link.data == link.parent.data
+    assert len({each.recipe_sha256 for each in link.chain()}) == 3
+
+
+def test_the_ledger_survives_a_change_of_weights(folder, metrics):
+    run, batch = folder / "runs" / "reweighed", BATCH * SEQ_LENGTH
+    half, whole = (read_ledger(rundir.step_folder(run, step)) for step in (10, 20))
+    assert half == read_ledger(rundir.step_folder(folder / "runs" / "reference", 10))
+    assert whole.planned_tokens == whole.consumed_tokens == 20 * batch
+    assert all(each.planned == each.consumed for each in whole.sources)
+    assert [phase.start_sequences for phase in whole.phases] == [0, 10 * BATCH]
+    shares = {each.name: each.consumed / batch for each in whole.sources}
+    assert shares == pytest.approx({"a": 7 + 3, "b": 3 + 5, "c": 2}, abs=0.3)
+    rows = metrics("reweighed")
+    assert [row["train/loss"] for row in rows[:10]] == [row["train/loss"] for row in metrics("reference")[:10]]
+    assert rows[10]["train/loss"] != metrics("reference")[10]["train/loss"]
+    assert "data/c/epochs" not in rows[9]
+    for each in whole.sources:
+        assert rows[-1][f"data/{each.name}/consumed_tokens"] == each.consumed
+        assert rows[-1][f"data/{each.name}/planned_tokens"] == each.planned
+    assert rundir.read_json(run / "config.json")["data"]["sources"][2]["name"] == "c"
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without what a clock says."""
+    return [{key: value for key, value in row.items() if not key.startswith(("time", "throughput"))} for row in rows]
 
 
 def test_an_import_brings_the_weights(losses):

@@ -12,7 +12,8 @@ from megatron_octo.config.base import Settings, fingerprint, from_dict, to_dict
 from megatron_octo.config.load import load_recipe, recipe_functions
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import PipelineConfig
-from megatron_octo.config.train import MidTrainConfig, ParallelConfig
+from megatron_octo.config.schedule import ConstantRate, CosineRate, LinearRate, MinusSqrtRate, WSDRate
+from megatron_octo.config.train import FromRun, MidTrainConfig, ParallelConfig
 from megatron_octo.errors import BadInput, SettingsError
 from tests.conftest import REPOSITORY
 
@@ -92,6 +93,35 @@ def test_a_decay_starts_at_the_rate_and_from_the_run_that_stable_is():
         assert branch.learning_rate.peak == pipeline.stable.learning_rate.peak
         assert branch.learning_rate.floor == pytest.approx(branch.learning_rate.peak / 10)
         assert branch.start.run == pipeline.stable.name
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        ConstantRate(peak=1.0, warmup_tokens=5),
+        CosineRate(peak=1.0, floor=0.5),
+        LinearRate(peak=1.0, floor=0.5),
+        MinusSqrtRate(peak=1.0, floor=0.5),
+        WSDRate(peak=1.0, floor=0.5, decay_tokens=1000, shape="linear"),
+    ],
+)
+def test_every_curve_survives_json(stable, rate):
+    optimizer = replace(stable.optimizer, weight_decay_over_tokens=rate)
+    config = replace(stable, learning_rate=rate, optimizer=optimizer)
+    assert from_dict(MidTrainConfig, to_dict(config), origin="a test") == config
+
+
+def test_a_curve_longer_than_the_budget_is_refused(stable):
+    longer = WSDRate(peak=1.0, floor=0.0, warmup_tokens=1024, decay_tokens=stable.budget.train_tokens)
+    with pytest.raises(SettingsError, match=r"learning_rate: .* take 1,598,464 tokens, more than .* 1,597,440"):
+        replace(stable, learning_rate=longer)
+    with pytest.raises(SettingsError, match=r"optimizer\.weight_decay_over_tokens: "):
+        replace(stable, optimizer=replace(stable.optimizer, weight_decay_over_tokens=longer))
+
+
+def test_a_parents_save_is_named_once():
+    with pytest.raises(SettingsError, match=r"start\.step 5 and start\.tokens 10"):
+        FromRun(run="stable", step=5, tokens=10)
 
 
 def test_two_stages_of_one_name_are_refused():

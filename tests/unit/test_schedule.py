@@ -61,6 +61,16 @@ def test_a_decay_is_its_closed_form_at_every_step_of_the_full_recipe(kind, floor
         assert_exact(rate_at(rate, step * BATCH, TRAIN), expected)
 
 
+@pytest.mark.parametrize("kind", [CosineRate, LinearRate, MinusSqrtRate])
+def test_a_long_decay_to_nothing_is_exact_to_its_last_step(kind):
+    rate, steps = kind(peak=2e-5, floor=0.0), 1_000_000
+    for step in range(steps - 1000, steps):
+        assert_exact(
+            rate_at(rate, step * BATCH, steps * BATCH),
+            closed(rate.kind, mpmath.mpf(step) / steps, peak=2e-5, floor=0.0),
+        )
+
+
 @pytest.mark.parametrize("shape", CLOSED)
 def test_wsd_is_warm_up_then_the_peak_then_the_shape(shape):
     train, warmup, decay = (STABLE_STEPS + DECAY_STEPS) * BATCH, 2_000 * BATCH, TRAIN

@@ -140,7 +140,7 @@ def test_a_branch_cannot_start_from_itself(config):
 def test_a_learning_rate_that_would_jump_is_refused_unless_allowed(config, parents, branchs, rate):
     _save("stable", 5, replace(config, learning_rate=parents))
     branch = replace(config, learning_rate=branchs, start=FromRun(run="stable", step=5))
-    with pytest.raises(BadInput, match=rf"would jump: {rate} in .*\n.*begin at {rate} .*start.rate_jump"):
+    with pytest.raises(BadInput, match=rf"would jump: {rate} in .*\n.*begin at {rate} .*--start.rate-jump"):
         check(branch, 1)
     check(replace(branch, start=replace(branch.start, rate_jump=True)), 1)
     check(replace(branch, learning_rate=ConstantRate(peak=float(rate))), 1)

@@ -1,0 +1,66 @@
+"""`octo train`: branches by name and tokens, and the proof of an exact resume."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.config.base import to_dict
+from megatron_octo.train.state import read_state
+from tests.prepared import stage, write_cut_off_run, write_data
+
+SAVED = 10
+
+
+@pytest.fixture
+def recipe(runs: Path, tmp_path: Path) -> Path:
+    """The settings of a run that was cut off after its save of step 10."""
+    write_data(tmp_path / "data")
+    config = stage(tmp_path / "data", "run", steps=30)
+    write_cut_off_run(config, SAVED)
+    rundir.write_json(tmp_path / "recipe.json", to_dict(config))
+    return tmp_path / "recipe.json"
+
+
+@pytest.mark.parametrize("name", ["stable", "decay_long"])
+def test_from_makes_a_branch_of_any_recipe(octo, name):
+    arguments = ("train", f"recipes/miniature.py:{name}", "--from", "other@1,024", "--start.no-optimizer")
+    done = octo(*arguments, "--name", "again", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout)["config"]
+    wanted = {"kind": "run", "run": "other", "step": None, "tokens": 1024, "optimizer": False}
+    assert wanted.items() <= config["start"].items()
+    assert config["name"] == "again"
+
+
+def test_from_without_tokens_is_the_parents_end(octo):
+    done = octo("train", "recipes/miniature.py:decay_long", "--from", "other", "--dry-run", "--json")
+    start = json.loads(done.stdout)["config"]["start"]
+    assert (start["run"], start["step"], start["tokens"]) == ("other", None, None)
+
+
+def test_from_a_save_that_is_not_there_lists_those_that_are(octo, recipe):
+    done = octo("train", recipe, "--name", "branch", "--from", "run@5", "--ranks", "2")
+    assert done.returncode == 2
+    assert "no save at 5 tokens" in done.stderr
+    assert "its saves: 2,560 tokens (step 10)" in done.stderr
+    assert "'1B' is no number of tokens" in octo("train", recipe, "--from", "run@1B").stderr
+
+
+def test_a_resume_is_proven_and_a_shifted_position_is_exit_code_1(octo, recipe):
+    done = octo("train", recipe, "--verify-resume", "--batches", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    proof = json.loads(done.stdout)
+    assert proof["holds"]
+    assert (proof["first_batch"], proof["last_batch"]) == (11, 15)
+    save = rundir.step_folder(rundir.run_folder("run"), SAVED)
+    state = read_state(save)
+    replace(state, consumed_sequences=state.consumed_sequences + 8).write(save)
+    done = octo("train", rundir.run_folder("run") / "config.json", "--verify-resume", "--batches", "5")
+    assert done.returncode == 1
+    assert "differ from batch 11 on" in done.stdout
+    assert "would not read what an index built afresh says" in done.stderr
