@@ -9,9 +9,11 @@ import contextlib
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo import lineage, rundir
@@ -29,11 +31,13 @@ from megatron_octo.model.weights import check_shape, load_weights
 from megatron_octo.platform import resolve
 from megatron_octo.platform.process_group import model_parallel, world
 from megatron_octo.train import checkpoint
-from megatron_octo.train.distributed import Place, build_chunks, from_source, place, wrap_chunks
+from megatron_octo.train.distributed import Place, build_chunks, place, wrap_chunks
 from megatron_octo.train.metrics import Metrics
 from megatron_octo.train.optimizer import build_optimizer, set_numbers, set_rate
+from megatron_octo.train.saver import Saver, newest_good, require_good
 from megatron_octo.train.state import TrainState, latest_save, read_state, save_at
 from megatron_octo.train.step import train_step
+from megatron_octo.train.votes import stop_signals
 
 if TYPE_CHECKING:
     from megatron_octo.platform import Platform
@@ -68,13 +72,14 @@ class Inputs:
 
 
 def train(config: MidTrainConfig) -> None:
-    """Train the stage to its end, from its last save if it has one. All ranks call it.
+    """Train the stage to its end, from its last good save if it has one. All ranks call it.
 
-    Returns at once if the run is done. Afterwards the run folder holds metrics.jsonl, saves and DONE.
+    Returns at once if the run is done. Afterwards the run folder holds metrics.jsonl, saves and DONE; but no DONE if
+    the run was asked to stop (`train/votes.py`): then a last save, to go on from.
 
     Raises:
         BadInput: see `check`; or the run folder is in use. Nothing was changed.
-        OctoError: the loss is not finite.
+        OctoError: the loss is not finite, or a save cannot be written.
     """
     log, run, me = logger(__name__), rundir.run_folder(config.name), world()
     if finished(config):
@@ -82,14 +87,15 @@ def train(config: MidTrainConfig) -> None:
         return
     if me.rank == 0:
         rundir.check_free(run)
-    inputs, platform = check(config, me.size), resolve()
-    check_platform(config.parallel, platform)
     with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(stop_signals())
+        inputs, platform = check(config, me.size), resolve()
+        check_platform(config.parallel, platform)
         if me.rank == 0:
             stack.enter_context(rundir.lock(run))
         stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed))
         log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
-        _train(config, inputs, platform, run)
+        _train(config, inputs, platform, run, signals)
 
 
 def finished(config: MidTrainConfig) -> bool:
@@ -115,9 +121,8 @@ def check(config: MidTrainConfig, world_size: int) -> Inputs:
     rundir.check_config(run, to_dict(config), fix=FIX, may_differ=MAY_DIFFER)
     mixture = read_mixture(config.data, model_vocab_size=config.model.vocab_size)
     mix.check_repeats(mix.plan(config.data, available=mixture.tokens, train_tokens=config.budget.train_tokens))
-    resumed = latest_save(run)
-    if resumed is not None:  # the start is behind it: its folder may be gone
-        return Inputs(plan=plan, mixture=mixture, start_folder=None, parent=lineage.read(resumed).parent)
+    if latest_save(run) is not None:  # the start is behind it: its folder may be gone
+        return Inputs(plan=plan, mixture=mixture, start_folder=None, parent=lineage.read(run).parent)
     folder = _start_folder(config)
     if folder is None:
         return Inputs(plan=plan, mixture=mixture, start_folder=None, parent=None)
@@ -125,8 +130,8 @@ def check(config: MidTrainConfig, world_size: int) -> Inputs:
     return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=lineage.read_if_present(folder))
 
 
-def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path) -> None:
-    """The stage, inside its process group."""
+def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path, signals: Sequence[Signals]) -> None:
+    """The stage, inside its process group; `signals` are those that asked this rank to stop."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     plan, here = inputs.plan, place()
@@ -160,7 +165,7 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
     order = source_order(dataset, inputs.mixture) if here.is_source else None
 
     # model and optimizer
-    chunks = build_chunks(config, platform)
+    chunks = build_chunks(config, platform, num_ids=inputs.mixture.vocab_size)
     wrapped = wrap_chunks(chunks, config)
     optimizer = build_optimizer(wrapped, config)
     state = _fill(config, inputs, run, chunks, optimizer, layout=_layout(config, here, platform))
@@ -168,9 +173,11 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
     # steps
     schedule = get_forward_backward_func()
     metrics = Metrics(run, config, plan, step=state.step, time_s=state.time_s) if here.is_source else None
+    saver = Saver(run, config, chunks=chunks, wrapped=wrapped, optimizer=optimizer, parent=inputs.parent)
     for chunk in wrapped:
         chunk.train()
-    while state.step < plan.num_steps:
+    stopped = False
+    while state.step < plan.num_steps and not stopped:
         rate = rate_at(config.learning_rate, state.tokens, config.budget.train_tokens)
         set_rate(optimizer, rate)
         result = train_step(
@@ -180,6 +187,7 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
             consumed_sequences=state.consumed_sequences,
             config=config,
             schedule=schedule,
+            votes=saver.votes(stop=bool(signals)),
         )
         state = replace(
             state,
@@ -189,36 +197,37 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
         )
         if metrics:
             metrics.record(state.step, result, rate)
-        if state.step % config.save.every_steps == 0 or state.step == plan.num_steps:
+        saver.settle(result.votes)
+        if saver.is_due(state.step, result.votes):
             if metrics:
                 metrics.flush()
                 state = replace(state, time_s=metrics.time_s)
-            checkpoint.save(
-                run,
-                state,
-                config=config,
-                chunks=chunks,
-                wrapped=wrapped,
-                optimizer=optimizer,
-                ledger=_ledger(config, inputs, order, state),
-                parent=inputs.parent,
-            )
+            saver.save(state, _ledger(config, inputs, order, state))
+        stopped = result.votes.stop > 0
+    saver.wait()
 
     if metrics:
         metrics.close()
-        lineage.write(run, lineage.read(rundir.step_folder(run, state.step)))
-        rundir.mark_done(run)
-        logger(__name__).info(
-            "%s: %s tokens in %s; saves in %s", config.name, f"{state.tokens:,}", duration(state.time_s), run
-        )
+        _close(config, run, state)
+
+
+def _close(config: MidTrainConfig, run: Path, state: TrainState) -> None:
+    """Say how the stage ended; mark it DONE if that is its end. Rank 0 only."""
+    log = logger(__name__)
+    if state.step < config.num_steps:
+        log.info("%s stopped after step %s, saved; run it again to go on", run, f"{state.step:,}")
+        return
+    lineage.write(run, lineage.read(rundir.step_folder(run, state.step)))
+    rundir.mark_done(run)
+    log.info("%s: %s tokens in %s; saves in %s", config.name, f"{state.tokens:,}", duration(state.time_s), run)
 
 
 def _fill(
     config: MidTrainConfig, inputs: Inputs, run: Path, chunks: list[Any], optimizer: Any, *, layout: str
 ) -> TrainState:
-    """Give model and optimizer their values: this run's last save, else the start's. All ranks call it."""
+    """Give model and optimizer their values: this run's last good save, else the start's. All ranks call it."""
     log = logger(__name__)
-    save: Path | None = from_source(latest_save(run))
+    save = newest_good(run)
     if save is not None:
         state = read_state(save)
         checkpoint.load(save, chunks=chunks, optimizer=optimizer, same_layout=state.layout == layout)
@@ -232,6 +241,7 @@ def _fill(
             load_weights(chunks, inputs.start_folder)
         elif isinstance(start, FromRun):
             assert inputs.start_folder is not None
+            require_good(inputs.start_folder)
             checkpoint.load(
                 inputs.start_folder,
                 chunks=chunks,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_octo.errors import OctoError
 from megatron_octo.train.distributed import bare, mean_loss
+from megatron_octo.train.votes import Votes
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ class StepResult:
     """Mean over the step's tokens that count, before the update; 0 if none does."""
     grad_norm: float
     """Global norm before clipping."""
+    votes: Votes
+    """Of all ranks."""
 
 
 def train_step(
@@ -39,8 +42,9 @@ def train_step(
     consumed_sequences: int,
     config: MidTrainConfig,
     schedule: Callable[..., list[Any]],
+    votes: Votes,
 ) -> StepResult:
-    """Train on the step's batch. All ranks call it.
+    """Train on the step's batch. All ranks call it, each with its own `votes`.
 
     Raises:
         OctoError: the loss is not finite; on all ranks alike, before the weights change on disk.
@@ -59,14 +63,14 @@ def train_step(
         micro_batch_size=1 if cut else rows,
         forward_only=False,
     )
-    loss = mean_loss(parts, loader.device)
+    loss, votes = mean_loss(parts, loader.device, votes)
     if not abs(loss) < float("inf"):
         raise OctoError(
             f"the loss is {loss} after {consumed_sequences:,} sequences",
             fix="resume from the last save; if it recurs, lower learning_rate.peak or look at the data there",
         )
     _, grad_norm, _ = optimizer.step()
-    return StepResult(loss=loss, grad_norm=float(grad_norm))
+    return StepResult(loss=loss, grad_norm=float(grad_norm), votes=votes)
 
 
 def forward_step(
