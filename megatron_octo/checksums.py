@@ -37,7 +37,7 @@ def faults(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     if not (folder / FILE).is_file():
         return [f"it has no {FILE}"]
     content = (folder / FILE).read_bytes()
-    if hashlib.sha256(content).hexdigest().encode() != (folder / DONE).read_bytes().strip():
+    if (folder / DONE).read_bytes() != f"{hashlib.sha256(content).hexdigest()}\n".encode():
         return [f"{FILE} is not the one that {DONE} names"]
     lines = [line.split("  ", 1) for line in content.decode().splitlines()]
     with ThreadPoolExecutor(THREADS) as pool:

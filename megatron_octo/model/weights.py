@@ -7,6 +7,7 @@ same whichever layers made them and however the model was cut, so any layout rea
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,13 +34,20 @@ def load_sharded(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What megatron loads of a torch_dist folder; nothing in it is unpickled that could run code. All ranks call it.
 
     Raises:
-        BadInput: the folder has no index, or pickles that refer to more than descriptions of tensors.
+        BadInput: the folder has no index, lacks something, or has pickles that refer to more than numbers.
     """
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
 
     read_index(folder)
-    with weights_only():
-        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    try:
+        with weights_only():
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        found = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        lines = str(found).splitlines()
+        reason = next((line for line in lines if "GLOBAL" in line), lines[0])  # torch's advice around it is unsafe
+        raise BadInput(f"{folder} was not loaded: {reason.strip()}", fix="use another save") from None
     return loaded
 
 

@@ -102,7 +102,9 @@ def test_a_torn_save_is_never_selected(config):
 def test_a_run_that_resumes_needs_its_parent_no_more(config):
     _save("run", 5, config)
     parent = lineage.Lineage(name="stable", kind="train", weights_sha256="1")
-    lineage.write(rundir.run_folder("run"), lineage.Lineage(name="run", kind="train", weights_sha256="2", parent=parent))
+    lineage.write(
+        rundir.run_folder("run"), lineage.Lineage(name="run", kind="train", weights_sha256="2", parent=parent)
+    )
     inputs = check(replace(config, start=FromRun(run="stable")), 1)
     assert inputs.start_folder is None
     assert inputs.parent == parent
