@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from megatron_octo.config.train import MidTrainConfig
     from megatron_octo.train.state import TrainState
 
-WEIGHT_FILES = "*.distcp"
 OPTIMIZER_FORM = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 FIX = "see to the disk; run again, it goes on from the last whole save"
 

@@ -106,11 +106,9 @@ class Saver:
         steps = saved_steps(self._run)
         gone = superseded(self._config.save, steps, batch_tokens=self._config.batch_tokens)
         kept = {rundir.step_folder(self._run, step) for step in steps if step not in gone}
-        for pattern in (STEPS, f".{STEPS}.*"):
-            for folder in newest.parent.glob(pattern):
-                if folder not in kept:
-                    (folder / rundir.DONE).unlink(missing_ok=True)  # first: no half of a save is ever selected
-                    shutil.rmtree(folder, ignore_errors=True)
+        for path in (*newest.parent.glob(STEPS), *newest.parent.glob(".*")):
+            if path not in kept:
+                _remove(path)
 
 
 def newest_good(run: Path) -> Path | None:
@@ -165,3 +163,12 @@ def _set_aside(damaged: Sequence[tuple[Path, str]], good: Path) -> None:
         logger(__name__).warning("%s is damaged (%s): set aside as %s", folder, wrong, aside.name)
     if damaged:
         rundir.write_atomic(good.with_name(LATEST), f"{int(good.name[5:])}\n")
+
+
+def _remove(path: Path) -> None:
+    """Remove a save, or a file; DONE first, so that no half of a save is ever selected."""
+    if path.is_file():
+        path.unlink()
+    else:
+        (path / rundir.DONE).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)

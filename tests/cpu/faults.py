@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SAVES = "/checkpoints/"
+BUFFER = 1 << 16  # torch writes a few bytes at a time
 
 
 def install(mode: str, at: int, record: str, rank: str = "0") -> None:
@@ -50,7 +51,7 @@ def install(mode: str, at: int, record: str, rank: str = "0") -> None:
         if not isinstance(file, str | os.PathLike) or not set(mode) & set("wax") or SAVES not in os.fspath(file):
             return really_open(file, mode, *args, **kwargs)
         meet("open", file)
-        buffered = io.BufferedWriter(Raw(file, mode.replace("b", "").replace("t", "")))
+        buffered = io.BufferedWriter(Raw(file, mode.replace("b", "").replace("t", "")), BUFFER)
         return buffered if "b" in mode else io.TextIOWrapper(buffered)
 
     def fsync(descriptor: int) -> None:

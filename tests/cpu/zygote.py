@@ -25,7 +25,7 @@ from megatron_octo.config.base import to_dict
 from megatron_octo.config.train import MidTrainConfig
 from tests.conftest import REPOSITORY
 
-WAIT_S = 120.0
+WAIT_S = 300.0
 NEEDED = (
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
