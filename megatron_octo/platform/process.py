@@ -95,18 +95,15 @@ def terminate_as_interrupt() -> Iterator[None]:
 def run_launcher(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
     """Run `argv`, which starts ranks, to its end and return its exit code.
 
-    Meanwhile STOP_SIGNALS go past it to the ranks, who save and end in their own time: torchrun would grant them 30 s
-    and then end as failed. Before there are ranks, they end `argv`.
+    Meanwhile STOP_SIGNALS go past it to the ranks, as SIGTERM: they save and end in their own time. torchrun would
+    grant them 30 s and then end as failed. Before there are ranks, the signals end `argv`.
     """
     import psutil
 
     def pass_on(signum: int, frame: object) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            ranks = psutil.Process(child.pid).children()
-            for process in ranks:
-                process.send_signal(signum)
-            if not ranks:
-                child.terminate()
+            for process in psutil.Process(child.pid).children() or [child]:
+                process.terminate()
 
     previous = {each: signal.getsignal(each) for each in STOP_SIGNALS}
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for torchrun, which inherits it: Slurm signals every process

@@ -87,13 +87,13 @@ def train(config: MidTrainConfig) -> None:
         return
     if me.rank == 0:
         rundir.check_free(run)
+    inputs, platform = check(config, me.size), resolve()
+    check_platform(config.parallel, platform)
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(stop_signals())
-        inputs, platform = check(config, me.size), resolve()
-        check_platform(config.parallel, platform)
         if me.rank == 0:
             stack.enter_context(rundir.lock(run))
         stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed))
+        signals = stack.enter_context(stop_signals())  # until here they end a rank that waits for another one
         log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
         _train(config, inputs, platform, run, signals)
 
