@@ -51,6 +51,7 @@ def build_chunks(config: MidTrainConfig, platform: Platform) -> list[Any]:
             platform=platform,
             parallel=config.parallel,
             precision=config.precision,
+            compute=config.compute,
             pre_process=groups.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=groups.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             vp_stage=stage,

@@ -24,7 +24,7 @@ from megatron_octo.data import mix
 from megatron_octo.data.loader import Loader, build_dataset, source_order
 from megatron_octo.data.mixture import Mixture, read_mixture
 from megatron_octo.errors import BadInput
-from megatron_octo.model.build import check_platform
+from megatron_octo.model.build import check_platform, fp8_missing
 from megatron_octo.model.weights import check_shape, load_weights
 from megatron_octo.platform import resolve
 from megatron_octo.platform.process_group import model_parallel, world
@@ -47,6 +47,7 @@ MAY_DIFFER = (
     "parallel.context",
     "parallel.overlap_grad_reduce",
     "parallel.overlap_param_gather",
+    "compute",
     "budget.micro_batch_sequences",
     "save",
     "log_every_steps",
@@ -83,12 +84,14 @@ def train(config: MidTrainConfig) -> None:
     if me.rank == 0:
         rundir.check_free(run)
     inputs, platform = check(config, me.size), resolve()
-    check_platform(config.parallel, platform)
+    check_platform(config, platform)
     with contextlib.ExitStack() as stack:
         if me.rank == 0:
             stack.enter_context(rundir.lock(run))
         stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed))
         log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
+        if missing := fp8_missing(config.precision, platform):
+            log.warning("training in bf16: precision.fp8 %s needs %s", config.precision.fp8, missing)
         _train(config, inputs, platform, run)
 
 
