@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_octo.budget.watch import WatchState
 from megatron_octo.config.base import Settings, read_settings, to_dict
 from megatron_octo.rundir import DONE, is_done, step_folder, write_json
 
@@ -25,6 +26,8 @@ class TrainState(Settings):
     """Seconds of training, earlier attempts included."""
     layout: str = ""
     """The ranks and layers that saved it; random states and layers' own records come back only into the same ones."""
+    watch: WatchState = field(default_factory=WatchState)
+    """What the steps so far looked like, and which of them are left out."""
 
     def write(self, folder: Path) -> None:
         """Write `state.json`."""
