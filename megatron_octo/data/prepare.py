@@ -126,6 +126,28 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None, keep_empty
     return manifest
 
 
+def check_output(config: PrepareConfig) -> bool:
+    """Whether the output is finished; one that was begun goes on. Changes nothing.
+
+    Raises:
+        BadInput: it was made with other settings, by something else, or another process is making it.
+    """
+    folder = config.output
+    check_free(folder)
+    check_config(folder, to_dict(config), fix="choose another output folder, or delete this one")
+    if is_done(folder):
+        return True
+    if (
+        folder.exists()
+        and not (folder / SETTINGS).exists()
+        and any(p.name != LOCK and p.suffix != ".tmp" for p in folder.iterdir())
+    ):
+        raise BadInput(
+            f"output {folder} exists and no stage wrote it", fix="choose another output folder, or delete this one"
+        )
+    return False
+
+
 def is_prepared(config: PrepareConfig) -> bool:
     """Whether the output is there, made with these settings, this tokenizer and this input; changes nothing.
 
@@ -134,23 +156,12 @@ def is_prepared(config: PrepareConfig) -> bool:
     Raises:
         BadInput: it was made otherwise, or another process is making it.
     """
-    folder = config.output
-    check_free(folder)
-    check_config(folder, to_dict(config), fix="choose another output folder, or delete this one")
-    if not is_done(folder):
-        if (
-            folder.exists()
-            and not (folder / SETTINGS).exists()
-            and any(p.name != LOCK and p.suffix != ".tmp" for p in folder.iterdir())
-        ):
-            raise BadInput(
-                f"output {folder} exists and no stage wrote it", fix="choose another output folder, or delete this one"
-            )
+    if not check_output(config):
         return False
-    manifest = read_manifest(folder)
+    manifest = read_manifest(config.output)
     if config.tokenizer.exists() and tokenizer_sha256(config.tokenizer) != manifest.tokenizer.sha256:
         raise BadInput(
-            f"prepared data set {folder} was made with another tokenizer than {config.tokenizer} holds now",
+            f"prepared data set {config.output} was made with another tokenizer than {config.tokenizer} holds now",
             fix=f"delete it and {PREPARE}",
         )
     _check_inputs(config, manifest)

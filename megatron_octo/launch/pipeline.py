@@ -16,6 +16,7 @@ from megatron_octo.config.base import to_dict
 from megatron_octo.config.evaluate import EvaluateConfig
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.config.train import MidTrainConfig
+from megatron_octo.data.prepare import check_output
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.platform.process import GRACE_S, octo_command, run_and_watch, terminate_as_interrupt
 from megatron_octo.train.run import finished
@@ -156,9 +157,12 @@ def _check_outputs(config: PipelineConfig) -> None:
     Raises:
         BadInput: a stage's folder is in use, was made with other settings, or holds something else.
     """
-    for made in (config.corpora, config.tokenizer, *config.prepare):
+    for made in (config.corpora, config.tokenizer):
         if made:
             rundir.is_written(made.output, to_dict(made))
+    for source in config.prepare:  # a source that was begun goes on
+        _wait_until_free(source.output)
+        check_output(source)
     for stage in (config.stable, *config.branches):
         _wait_until_free(rundir.run_folder(stage.name))
         finished(stage)
@@ -208,6 +212,7 @@ def _run_stage(stage: Stage, title: str, folder: Path) -> None:
         attempt = stage_log.Attempt(stage=stage.name, started=started, seconds=seconds, peak_gib=round(peak_gib, 2))
         stage_log.record(folder, attempt, replace_earlier=not stage.outputs)
 
+    note(0.0, 0.0)  # killed before the first measurement, it has still been there
     code = run_and_watch(octo_command(*stage.argv), note)
     if code != 0:
         raise (BadInput if code == BadInput.exit_code else OctoError)(

@@ -80,6 +80,25 @@ def test_a_failed_stage_stops_the_row_and_a_rerun_goes_on_from_there(config, sta
     assert [cost.stage for cost in costs(runs / "miniature")] == [stage.name for stage in pipeline.stages(config)]
 
 
+def test_a_source_whose_preparation_was_killed_is_no_obstacle(config, started):
+    source = config.prepare[0]
+    rundir.claim(source.output, to_dict(source))
+    (source.output / ".00000.bin").write_bytes(b"begun")
+    with pytest.raises(OctoError, match="ended with exit code 1"):  # the one that `started` always fails
+        pipeline.run_pipeline(config)
+    assert "prepare data" in started
+
+
+def test_a_stage_killed_before_it_was_measured_is_in_the_log(config, monkeypatch, runs):
+    def killed(argv, note):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_and_watch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_pipeline(config)
+    assert [cost.stage for cost in costs(runs / "miniature")] == ["generate corpora"]
+
+
 def test_a_stage_folder_of_another_run_is_refused_before_any_stage_runs(config, started, runs):
     other = replace(config.rl[-1], learning_rate=1.0)
     rundir.claim(other.output, to_dict(other))
