@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from megatron_octo.data.manifest import (
     Manifest,
     ShardRecord,
     TokenizerRecord,
+    read_manifest,
     tokenizer_sha256,
     write_manifest,
 )
@@ -123,6 +126,16 @@ def write_documents(folder: Path, tokenizer: Path, shards: list[list[list[int]]]
     )
     mark_done(folder)
     return folder
+
+
+def hold_out(source: Path, other: Path) -> None:
+    """Make the shards of `other` validation shards of `source`."""
+    shards = read_manifest(other).shards
+    for shard in shards:
+        for ending in (".bin", ".idx"):
+            shutil.copy(other / f"{shard.prefix}{ending}", source / f"validation{shard.prefix}{ending}")
+    validation = tuple(replace(shard, prefix=f"validation{shard.prefix}") for shard in shards)
+    write_manifest(source, replace(read_manifest(source), validation=validation))
 
 
 def write_data(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_octo.config.base import Settings, require, require_name, require_positive
 from megatron_octo.config.data import MixtureConfig
+from megatron_octo.config.evaluate import EvaluateConfig
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.schedule import RateConfig
 
@@ -184,6 +185,97 @@ class SaveConfig(Settings):
         require_positive(self, "save.", "every_steps", "keep_last")
 
 
+Action = Literal["log", "skip", "roll_back", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig(Settings):
+    """What to do when a step looks wrong, when a rank is slow, and when nothing moves.
+
+    log: say it. skip: leave the weights as they are and go on with the next batch. roll_back: go back to the last save
+    and leave out the batches that led here. stop: end with an error. Before it acts, the step is computed once more.
+    """
+
+    on_non_finite: Literal["skip", "roll_back", "stop"] = "stop"
+    """At a loss or gradient norm that is infinite or not a number."""
+    on_loss_spike: Action = "log"
+    """At a loss far above the last steps'."""
+    on_grad_norm: Action = "log"
+    """At a gradient norm far above the last steps'."""
+    sigmas: float = 6.0
+    """How far: standard deviations above the median of the last steps, both estimated from medians, so that spikes
+    among them count little."""
+    window_steps: int = 128
+    """The last steps that a step is compared with; none is judged before there are so many."""
+    most_skips_in_a_row: int = 8
+    """Stop at the next."""
+    leave_out_steps: int = 64
+    """Batches that a roll back leaves out, the last one being the one at fault; none of before the save."""
+    most_roll_backs: int = 3
+    """Stop at the next."""
+    straggler_ratio: float = 1.3
+    """Name a rank that computes so many times longer than the median of the ranks that do the same work."""
+    straggler_every_steps: int = 100
+    """Steps between such comparisons."""
+    hang_timeout_s: float | None = 540.0
+    """End the job when no step, save or validation ends for so long, with every rank's stack in the run's log/. By
+    default before NCCL gives up (10 minutes), which says nothing. None: wait for ever."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "watch.", "sigmas", "window_steps", "leave_out_steps", "straggler_ratio", "straggler_every_steps"
+        )
+        require(
+            self.hang_timeout_s is None or self.hang_timeout_s > 0,
+            f"watch.hang_timeout_s {self.hang_timeout_s} is not above 0",
+            fix="give seconds, or None to wait for ever",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidateConfig(Settings):
+    """Loss on documents that were held out (`validation_share` at preparation), source by source."""
+
+    every_steps: int | None = None
+    """Steps between validations; the last step always validates. None: never."""
+    sequences: int = 512
+    """Sequences of each source, always the same ones; fewer where a source holds out less."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "validate.", "sequences")
+        if self.every_steps is not None:
+            require_positive(self, "validate.", "every_steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MarksConfig(Settings):
+    """Token marks at which the run is saved, and its save converted and evaluated by processes beside the training."""
+
+    at_tokens: tuple[int, ...] = ()
+    """Tokens of this stage; a mark is reached by the step that reads so many."""
+    every_tokens: int | None = None
+    """A mark at each multiple of this too."""
+    evaluate: EvaluateConfig | None = None
+    """What to ask each export, with `models` empty; scores go to the run's scores/STEP/TASK."""
+    devices: str = ""
+    """GPUs for the evaluation, as CUDA_VISIBLE_DEVICES names them: the training leaves no room on its own."""
+
+    def __post_init__(self) -> None:
+        for tokens in (*self.at_tokens, *(() if self.every_tokens is None else (self.every_tokens,))):
+            require(tokens > 0, f"marks: {tokens} tokens is no mark", fix="give tokens above 0")
+        require(
+            self.evaluate is None or not self.evaluate.models,
+            "marks.evaluate.models names models",
+            fix="leave it empty: what is evaluated is the mark's own export",
+        )
+
+    def reached(self, before: int, after: int) -> bool:
+        """Whether a mark lies above `before` and not above `after`, both tokens of the stage."""
+        return any(before < mark <= after for mark in self.at_tokens) or (
+            self.every_tokens is not None and before // self.every_tokens < after // self.every_tokens
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MidTrainConfig(Settings):
     """One stage of stable-then-decay mid-training."""
@@ -210,8 +302,16 @@ class MidTrainConfig(Settings):
     """Memory against time."""
     save: SaveConfig
     """Checkpoints."""
+    watch: WatchConfig = WatchConfig()
+    """Outliers, stragglers, hangs."""
+    validate: ValidateConfig = ValidateConfig()
+    """Loss on held-out documents."""
+    marks: MarksConfig = MarksConfig()
+    """Exports and scores on the way."""
     log_every_steps: int = 10
     """Steps between log lines; metrics.jsonl has every step."""
+    wandb_project: str | None = None
+    """Also send the numbers to this project of Weights & Biases; needs its package and WANDB_API_KEY."""
     seed: int = 1234
     """Draws random weights and dropout."""
 

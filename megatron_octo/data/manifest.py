@@ -145,7 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
         state = "is not finished: it has no DONE" if folder.exists() else "does not exist"
         raise BadInput(f"prepared data set {folder} {state}", fix=PREPARE)
     manifest = read_settings(Manifest, folder / FILE)
-    for shard in manifest.shards:
+    for shard in (*manifest.shards, *manifest.validation):
         _check_length(folder / f"{shard.prefix}.bin", shard.tokens * TOKEN_BYTES[manifest.dtype])
         _check_length(folder / f"{shard.prefix}.idx", None)
     return manifest

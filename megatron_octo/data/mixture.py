@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_octo.data.manifest import PREPARE, Manifest, read_manifest, tokenizer_sha256
+from megatron_octo.data.manifest import PREPARE, Manifest, ShardRecord, read_manifest, tokenizer_sha256
 from megatron_octo.errors import BadInput
 
 if TYPE_CHECKING:
@@ -64,22 +64,15 @@ def read_mixture(config: MixtureConfig, *, model_vocab_size: int) -> Mixture:
     _check_same_loss(config.sources)
     if not config.across_documents:
         _check_same_end(config.sources, manifests)
-    shards = tuple(
-        Shard(
-            prefix=source.path / shard.prefix,
-            weight=source.weight * shard.tokens / manifest.tokens,
-            source=index,
-            loss=source.loss,
-        )
-        for index, (source, manifest) in enumerate(zip(config.sources, manifests, strict=True))
-        for shard in manifest.shards
-        if shard.tokens > 0
-    )
     return Mixture(
         names=tuple(source.name for source in config.sources),
         tokens=tuple(manifest.tokens for manifest in manifests),
         identities=tuple((s.name, m.identity) for s, m in zip(config.sources, manifests, strict=True)),
-        shards=shards,
+        shards=tuple(
+            shard
+            for index, (source, manifest) in enumerate(zip(config.sources, manifests, strict=True))
+            for shard in _shards(source, manifest.shards, weight=source.weight, index=index)
+        ),
         tokenizer_sha256=wanted,
         vocab_size=max(manifest.tokenizer.vocab_size for manifest in manifests),
         eos_id=manifests[0].tokenizer.eos_id,
@@ -97,6 +90,46 @@ def check_unchanged(mixture: Mixture, read: Sequence[tuple[str, str]], save: Pat
             raise BadInput(
                 f"the data set of source {name} was prepared anew since {save}: going on would read other sequences",
                 fix="put the old one back, or begin a run of another name (--name)",
+            )
+
+
+def read_held_out(config: MixtureConfig, mixture: Mixture) -> dict[str, Mixture]:
+    """The validation shards of each source in a mixture that was read, as mixtures of their own.
+
+    Sources that hold out less than a sequence are left out.
+
+    Raises:
+        BadInput: no source holds out any; or a shard's marks of answers are missing.
+    """
+    held_out = {}
+    for source in config.sources:
+        shards = read_manifest(source.path).validation
+        tokens = sum(shard.tokens for shard in shards)
+        if tokens > config.seq_length:  # a sequence needs the token after it
+            _check_marks(source, shards)
+            held_out[source.name] = replace(
+                mixture, names=(source.name,), tokens=(tokens,), shards=tuple(_shards(source, shards))
+            )
+    if not held_out:
+        raise BadInput(
+            "validate.every_steps is set, but no source in data.sources holds out a sequence",
+            fix="prepare one again with validation_share (`octo data prepare`), or leave validate.every_steps out",
+        )
+    return held_out
+
+
+def _shards(
+    source: SourceConfig, records: Sequence[ShardRecord], *, weight: float = 1.0, index: int = 0
+) -> Iterator[Shard]:
+    """The shards that have tokens, with their parts of `weight`."""
+    tokens = sum(record.tokens for record in records)
+    for record in records:
+        if record.tokens > 0:
+            yield Shard(
+                prefix=source.path / record.prefix,
+                weight=weight * record.tokens / tokens,
+                source=index,
+                loss=source.loss,
             )
 
 
@@ -123,9 +156,13 @@ def _check_masks(source: SourceConfig, manifest: Manifest, *, across_documents: 
             f"data.across_documents is off, but the documents of {source.path} do not end with an end-of-text id",
             fix="prepare it again with eos on (`octo data prepare`), or leave data.across_documents on",
         )
+    _check_marks(source, manifest.shards)
+
+
+def _check_marks(source: SourceConfig, shards: Sequence[ShardRecord]) -> None:
     if source.loss == "all":
         return
-    for shard in manifest.shards:
+    for shard in shards:
         path = source.path / f"{shard.prefix}.loss"
         if shard.loss_sha256 is None or not path.is_file():
             raise BadInput(

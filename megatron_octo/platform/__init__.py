@@ -119,6 +119,7 @@ def _quiet() -> None:
     """Drop what megatron and torch say of each other's age and of missing extensions; `octo doctor` says the latter."""
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.CRITICAL)  # train/again.py speaks for it
     for module in ("megatron", "torch"):
         for category in (FutureWarning, UserWarning, SyntaxWarning):
             warnings.filterwarnings("ignore", category=category, module=module)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,10 +26,11 @@ def octo_command(*args: str) -> list[str]:
     return [sys.executable, "-m", "megatron_octo", *args]
 
 
-def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+def child_environment(extra: Mapping[str, str] | None = None, without: Collection[str] = ()) -> dict[str, str]:
     """This environment with the interpreter's folder first on PATH: its `ninja` and `torchrun` are found by name."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": path, **(extra or {})}
+    ours = {name: value for name, value in os.environ.items() if name not in without}
+    return {**ours, "PATH": path, **(extra or {})}
 
 
 def die_with(parent: int, signum: signal.Signals) -> None:
@@ -44,16 +45,18 @@ def tied_child(
     argv: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
     output: IO[Any] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start `argv`; the kernel sends it SIGTERM should this process die, and leaving the block ends it.
 
-    `output` receives stdout and stderr together; None leaves both to the terminal.
+    `env` adds to this process's environment, `without` takes from it. `output` receives stdout and stderr together;
+    None leaves both to the terminal.
     """
     parent = os.getpid()
     child = subprocess.Popen(
         list(argv),
-        env=child_environment(env),
+        env=child_environment(env, without),
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
         preexec_fn=lambda: die_with(parent, signal.SIGTERM),  # noqa: PLW1509 - system calls only: no lock guards them

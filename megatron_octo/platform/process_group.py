@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from megatron_octo.config.train import ParallelConfig
     from megatron_octo.platform import Platform
 
+LAUNCHERS_PREFIXES = ("TORCHELASTIC_", "SLURM_STEP_")
+LAUNCHERS_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID"),
+)
 PIPELINE_SEED_OFFSET = 100  # stages draw different weights; megatron's own convention
 
 
@@ -30,6 +35,11 @@ class World:
 def started_by_launcher() -> bool:
     """Whether torchrun, or srun with several tasks, started this process."""
     return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def launchers_variables() -> list[str]:
+    """What torchrun or srun put into this environment, and a child that is no rank must not inherit."""
+    return [name for name in os.environ if name in LAUNCHERS_VARIABLES or name.startswith(LAUNCHERS_PREFIXES)]
 
 
 def world() -> World:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +38,12 @@ def save(
     optimizer: Any,
     ledger: dict[str, Any],
     parent: lineage.Lineage | None,
+    in_use: Collection[int] = (),
 ) -> None:
     """Write the save of `state.step` and remove the oldest beyond `save.keep_last`. All ranks call it.
 
     Rank 0 names the temporary folder, all ranks write tensors into it, rank 0 writes the rest and renames it.
-    `ledger` counts on rank 0 only.
+    `ledger` counts on rank 0 only, and so does `in_use`, the steps whose saves stay because something reads them.
     """
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
@@ -58,7 +59,7 @@ def save(
             _write_records(temporary, state, config, ledger, parent)
     if is_source:
         write_atomic(folder.parent / "latest", f"{state.step}\n")
-        for step in saved_steps(run)[: -config.save.keep_last]:
+        for step in set(saved_steps(run)[: -config.save.keep_last]).difference(in_use):
             shutil.rmtree(step_folder(run, step))
         logger(__name__).info("saved %s", folder)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Where a stage's numbers go: metrics.jsonl, which is the truth; TensorBoard beside it; a line for people.
+"""Where a stage's numbers go: metrics.jsonl, which is the truth; TensorBoard and W&B beside it; lines for people.
 
 Rank 0 alone makes one of these.
 """
@@ -6,11 +6,13 @@ Rank 0 alone makes one of these.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_octo.config.base import to_dict
 from megatron_octo.console import duration, logger
 from megatron_octo.model.flops import peak_flops, train_flops_per_token
 from megatron_octo.rundir import write_atomic
@@ -28,24 +30,24 @@ class Metrics:
 
     def __init__(self, run: Path, config: MidTrainConfig, plan: TrainPlan, *, step: int, time_s: float) -> None:
         """Open the sinks of a run that stands after `step`, having trained for `time_s`; later lines are dropped."""
-        _drop_after(run / FILE, step)
-        self._config, self._plan = config, plan
-        self._file = (run / FILE).open("a")
-        self._board = _tensorboard(run / "tensorboard", purge_step=step + 1)
+        self._run, self._config, self._plan = run, config, plan
+        self._wandb = _wandb(run, config)
+        self._flops = train_flops_per_token(config.model, config.data.seq_length)
         self._peak = _gpu_peak()
-        self._offset = time_s
-        self._started = self._last = self._last_logged = time.monotonic()
-        self._logged_step = step
+        self._offset, self._started = time_s, time.monotonic()
+        self._since_log: list[float] = []
+        self._open(step)
+        logger(__name__).info("%s", self._mfu_formula())
 
     @property
     def time_s(self) -> float:
         """Seconds of training so far, earlier attempts included."""
-        return self._offset + self._last - self._started
+        return self._offset + time.monotonic() - self._started
 
-    def record(self, step: int, result: StepResult, rate: float, more: Mapping[str, float]) -> None:
-        """Write the numbers of the step that just ended, and `more`, by name."""
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
+    def record(
+        self, step: int, result: StepResult, rate: float, held_out: Mapping[str, float], more: Mapping[str, float]
+    ) -> None:
+        """Write the numbers of the step that just ended, of the validation after it if there was one, and `more`."""
         row: dict[str, Any] = {
             "step": step,
             "tokens": step * self._plan.batch_tokens,
@@ -53,18 +55,30 @@ class Metrics:
             "optim/lr": rate,
             "optim/grad_norm": result.grad_norm,
             **more,
-            "throughput/tokens_per_second": self._plan.batch_tokens / seconds,
+            **{f"valid/{name}/loss": loss for name, loss in held_out.items()},
             "time_s": self.time_s,
         }
-        if self._peak:
-            row["throughput/mfu"] = self._mfu(row["throughput/tokens_per_second"])
+        if result.skipped:
+            row["watch/skipped"] = 1
+        if result.seconds:
+            self._since_log.append(result.seconds)
+            row["throughput/tokens_per_second"] = self._plan.batch_tokens / result.seconds
+            if self._peak:
+                row["throughput/mfu"] = self._mfu(row["throughput/tokens_per_second"], self._peak)
+        row = {name: value for name, value in row.items() if math.isfinite(value)}  # JSON has no other numbers
         self._file.write(json.dumps(row) + "\n")
+        shown = {name: value for name, value in row.items() if "/" in name}
         if self._board:
-            for name, value in row.items():
-                if "/" in name:
-                    self._board.add_scalar(name, value, step)
-        if step % self._config.log_every_steps == 0 or step == self._plan.num_steps:
-            self._log(step, row, now)
+            for name, value in shown.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log({"tokens": row["tokens"], **shown}, step=step)
+        self._say(step, result, rate, held_out)
+
+    def go_back(self, step: int) -> None:
+        """Drop what was recorded after `step`: the run goes on from there."""
+        self.close()
+        self._open(step)
 
     def flush(self) -> None:
         """Put everything recorded on disk; a save calls it first, so that no save is ahead of the metrics."""
@@ -73,35 +87,64 @@ class Metrics:
             self._board.flush()
 
     def close(self) -> None:
-        """Flush and close the sinks."""
+        """Flush and close the sinks on disk."""
         self.flush()
         self._file.close()
         if self._board:
             self._board.close()
 
-    def _log(self, step: int, row: dict[str, Any], now: float) -> None:
-        steps, seconds = step - self._logged_step, now - self._last_logged
-        self._logged_step, self._last_logged = step, now
-        per_second = steps * self._plan.batch_tokens / seconds
+    def finish(self) -> None:
+        """Close all sinks: the run is done."""
+        self.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _open(self, step: int) -> None:
+        _drop_after(self._run / FILE, step)
+        self._file = (self._run / FILE).open("a")
+        self._board = _tensorboard(self._run / "tensorboard", purge_step=step + 1)
+
+    def _say(self, step: int, result: StepResult, rate: float, held_out: Mapping[str, float]) -> None:
+        log = logger(__name__)
+        if result.note:
+            log.warning("step %s: %s", f"{step:,}", result.note)
+        if step % self._config.log_every_steps == 0 or step == self._plan.num_steps:
+            log.info("%s", self._line(step, result, rate))
+            self._since_log.clear()
+            self.flush()
+        if held_out:
+            losses = "  ".join(f"{name} {loss:.4f}" for name, loss in held_out.items())
+            log.info("step %s  held-out loss  %s", f"{step:,}", losses)
+
+    def _line(self, step: int, result: StepResult, rate: float) -> str:
         total = self._plan.num_steps
         fields = [
             f"step {step:,}/{total:,}",
             f"{100 * step / total:.1f}%",
-            f"loss {row['train/loss']:.4f}",
-            f"lr {row['optim/lr']:.2e}",
-            f"grad {row['optim/grad_norm']:.2f}",
-            f"{per_second / self._plan.world_size / 1000:.1f}k tok/s/{'gpu' if _has_gpu() else 'rank'}",
+            f"loss {result.loss:.4f}",
+            f"lr {rate:.2e}",
+            f"grad {result.grad_norm:.2f}",
         ]
-        if self._peak:
-            fields.append(f"mfu {100 * self._mfu(per_second):.1f}%")
-        fields += [f"{peak_memory_gib():.1f} GiB", f"eta {duration((total - step) * seconds / steps)}"]
-        logger(__name__).info("%s", "  ".join(fields))
-        self.flush()
+        if self._since_log:
+            seconds = sum(self._since_log) / len(self._since_log)
+            per_second = self._plan.batch_tokens / seconds
+            unit = "gpu" if _has_gpu() else "rank"
+            fields.append(f"{per_second / self._plan.world_size / 1000:.1f}k tok/s/{unit}")
+            if self._peak:
+                fields.append(f"mfu {100 * self._mfu(per_second, self._peak):.1f}%")
+        fields.append(f"{peak_memory_gib():.1f} GiB")
+        if self._since_log:
+            fields.append(f"eta {duration((total - step) * seconds)}")
+        return "  ".join(fields)
 
-    def _mfu(self, tokens_per_second: float) -> float:
-        assert self._peak
-        flops = train_flops_per_token(self._config.model, self._config.data.seq_length)
-        return tokens_per_second * flops / self._plan.world_size / self._peak
+    def _mfu(self, tokens_per_second: float, peak: float) -> float:
+        return tokens_per_second * self._flops / self._plan.world_size / peak
+
+    def _mfu_formula(self) -> str:
+        per_token = f"{self._flops:.4g} FLOP a token: 6 x (weights of matrices + attention, the causal half of it)"
+        if self._peak is None:
+            return f"mfu: not known, as this device's peak is not; {per_token}"
+        return f"mfu = tokens/s/gpu x FLOP a token / {self._peak:.4g} FLOP/s, the GPU's dense bf16 peak; {per_token}"
 
 
 def peak_memory_gib() -> float:
@@ -144,3 +187,26 @@ def _tensorboard(folder: Path, *, purge_step: int) -> Any:
         logger(__name__).info("no TensorBoard files: the tensorboard package is not installed")
         return None
     return SummaryWriter(str(folder), purge_step=purge_step, max_queue=1000, flush_secs=600)
+
+
+def _wandb(run: Path, config: MidTrainConfig) -> Any:
+    """A run of Weights & Biases that goes on where one of this name stopped; None if it is not wanted or not reached.
+
+    Its package takes the key from WANDB_API_KEY itself.
+    """
+    if config.wandb_project is None:
+        return None
+    import wandb
+
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            id=config.name,
+            name=config.name,
+            resume="allow",
+            dir=str(run),
+            config=to_dict(config),
+        )
+    except Exception as error:  # whatever it is, metrics.jsonl has the numbers; its text may hold what is secret
+        logger(__name__).warning("no numbers go to W&B: %s; its own log in %s says why", type(error).__name__, run)
+        return None

@@ -42,6 +42,21 @@ def set_numbers(optimizer: Any, config: MidTrainConfig) -> None:
         group["eps"] = ours.eps
 
 
+def gradient_norm(optimizer: Any) -> float:
+    """Make the gradients ready for `update` and return their global norm. All ranks call it."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: Any, grad_norm: float, config: MidTrainConfig) -> None:
+    """Clip the gradients, whose norm is given, and change the weights: the rest of megatron's `step`."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    if config.optimizer.clip_norm > 0:
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), config.optimizer.clip_norm, grad_norm)
+    optimizer.step_with_ready_grads()
+
+
 def set_rates(optimizer: Any, *, rate: float, weight_decay: float) -> None:
     """Give every parameter group the learning rate and the weight decay of the coming step."""
     for group in optimizer.param_groups:

@@ -9,32 +9,40 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo import lineage, rundir
 from megatron_octo.budget.schedule import rate_at, weight_decay_at
+from megatron_octo.budget.watch import rolled_back
 from megatron_octo.config.base import fingerprint, to_dict
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig, TrainPlan
 from megatron_octo.console import duration, logger
 from megatron_octo.data.loader import Loader
-from megatron_octo.data.mixture import Mixture, check_unchanged, read_mixture
+from megatron_octo.data.mixture import Mixture, check_unchanged, read_held_out, read_mixture
 from megatron_octo.data.phase import open_ledger, open_phase
-from megatron_octo.errors import BadInput
+from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.model.build import check_platform
 from megatron_octo.model.weights import load_weights
 from megatron_octo.platform import resolve
 from megatron_octo.platform.process_group import model_parallel, world
 from megatron_octo.train import checkpoint
+from megatron_octo.train.again import RunAgain
 from megatron_octo.train.distributed import Place, build_chunks, from_source, place, wrap_chunks
+from megatron_octo.train.marks import Marks, marks
 from megatron_octo.train.metrics import Metrics
+from megatron_octo.train.observer import Observer
 from megatron_octo.train.optimizer import build_optimizer, set_numbers, set_rates
 from megatron_octo.train.start import check_budget, data_phases, shared_data, start_folder
 from megatron_octo.train.state import TrainState, latest_save, read_state
 from megatron_octo.train.step import train_step
+from megatron_octo.train.straggler import Straggler
+from megatron_octo.train.validate import Validation, held_out_loaders
+from megatron_octo.train.watchdog import watchdog
 
 if TYPE_CHECKING:
     from megatron_octo.budget.ledger import Phase
@@ -51,7 +59,11 @@ MAY_DIFFER = (
     "parallel.overlap_param_gather",
     "budget.micro_batch_sequences",
     "save",
+    "watch",
+    "validate",
+    "marks",
     "log_every_steps",
+    "wandb_project",
 )
 # What it may change when asked to weigh its data anew (--reweigh).
 REWEIGHED = ("data.sources",)
@@ -69,6 +81,8 @@ class Inputs:
     """Weights of an import or of a parent's save; None for random ones, and when the run resumes."""
     parent: lineage.Lineage | None
     """The descent of the weights it started from."""
+    held_out: dict[str, Mixture] = field(default_factory=dict)
+    """What each source holds out, if the stage validates."""
 
 
 def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
@@ -79,7 +93,7 @@ def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
 
     Raises:
         BadInput: see `check`; or the run folder is in use. Nothing was changed.
-        OctoError: the loss is not finite.
+        OctoError: a step looks wrong and `config.watch` says to stop.
     """
     log, run, me = logger(__name__), rundir.run_folder(config.name), world()
     if finished(config, reweigh=reweigh):
@@ -90,11 +104,13 @@ def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
     inputs, platform = check(config, me.size, reweigh=reweigh), resolve()
     check_platform(config.parallel, platform)
     with contextlib.ExitStack() as stack:
+        beside = stack.enter_context(marks(run, config)) if me.rank == 0 else None
         if me.rank == 0:
             stack.enter_context(rundir.lock(run))
         stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed))
         log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
-        _train(config, inputs, platform, run)
+        alive = stack.enter_context(watchdog(run, config.watch.hang_timeout_s))
+        _train(config, inputs, platform, run, alive=alive, beside=beside)
 
 
 def finished(config: MidTrainConfig, *, reweigh: bool = False) -> bool:
@@ -121,6 +137,12 @@ def check(config: MidTrainConfig, world_size: int, *, reweigh: bool = False) -> 
     check_supported(config)
     finished(config, reweigh=reweigh)
     mixture = read_mixture(config.data, model_vocab_size=config.model.vocab_size)
+    if config.wandb_project is not None and find_spec("wandb") is None:
+        raise BadInput(
+            f"wandb_project is {config.wandb_project}, but the wandb package is not installed",
+            fix="pip install 'megatron_octo[wandb]', or leave wandb_project out",
+        )
+    held_out = read_held_out(config.data, mixture) if config.validate.every_steps else {}
     resumed = latest_save(rundir.run_folder(config.name))
     check_budget(config, mixture, data_phases(config, resumed, None)[-1])
     if resumed is not None:  # the start is behind it: its folder may be gone
@@ -129,7 +151,7 @@ def check(config: MidTrainConfig, world_size: int, *, reweigh: bool = False) -> 
     else:
         folder = start_folder(config, mixture)
         parent = lineage.read_if_present(folder) if folder else None
-    return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=parent)
+    return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=parent, held_out=held_out)
 
 
 def check_supported(config: MidTrainConfig) -> None:
@@ -149,8 +171,16 @@ def check_supported(config: MidTrainConfig) -> None:
             raise BadInput(f"{name} {value} is not in this version yet", fix=f"set {name} to {supported}")
 
 
-def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path) -> None:
-    """The stage, inside its process group."""
+def _train(
+    config: MidTrainConfig,
+    inputs: Inputs,
+    platform: Platform,
+    run: Path,
+    *,
+    alive: Callable[[], None],
+    beside: Marks | None,
+) -> None:
+    """The stage, inside its process group. `alive` is called when something has ended; rank 0 has `beside`."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     plan, here = inputs.plan, place()
@@ -182,35 +212,43 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
     state = _fill(config, inputs, save, chunks, optimizer, layout=_layout(config, here, platform))
 
     # steps
-    schedule = get_forward_backward_func()
-    metrics = Metrics(run, config, plan, step=state.step, time_s=state.time_s) if here.is_source else None
+    schedule, again = get_forward_backward_func(), RunAgain()
+    loaders = held_out_loaders(inputs.held_out, loader, config, cache=index / "held_out", is_source=here.is_source)
+    observer = Observer(
+        metrics=Metrics(run, config, plan, step=state.step, time_s=state.time_s) if here.is_source else None,
+        validation=Validation(wrapped=wrapped, loaders=loaders, config=config, schedule=schedule),
+        straggler=Straggler(wrapped[0], config.watch, device=platform.device),
+        marks=beside,
+        alive=alive,
+    )
+    observer.saved()
     for chunk in wrapped:
         chunk.train()
     while state.step < plan.num_steps:
+        observer.step_begins()
         rate = rate_at(config.learning_rate, state.tokens, config.budget.train_tokens)
         weight_decay = weight_decay_at(config.optimizer, state.tokens, config.budget.train_tokens)
         set_rates(optimizer, rate=rate, weight_decay=weight_decay)
-        result = train_step(
-            wrapped,
-            optimizer,
-            loader,
-            consumed_sequences=state.consumed_sequences,
-            config=config,
-            schedule=schedule,
-        )
+        result = train_step(wrapped, optimizer, loader, state=state, config=config, schedule=schedule, again=again)
+        if result.rolls_back:
+            state = _roll_back(config, inputs, run, chunks, optimizer, state=state, why=result.note)
+            observer.rolled_back(state.step)
+            continue
         state = replace(
             state,
             step=state.step + 1,
             consumed_sequences=state.consumed_sequences + config.budget.batch_sequences,
             tokens=state.tokens + plan.batch_tokens,
+            watch=result.watch,
         )
-        if metrics and ledger:
-            more = {"optim/weight_decay": weight_decay, **ledger.numbers(state.consumed_sequences)}
-            metrics.record(state.step, result, rate, more)
-        if state.step % config.save.every_steps == 0 or state.step == plan.num_steps:
-            if metrics:
-                metrics.flush()
-                state = replace(state, time_s=metrics.time_s)
+        numbers = ledger.numbers(state.consumed_sequences) if ledger else {}
+        observer.step_ended(state.step, result, rate, {"optim/weight_decay": weight_decay, **numbers})
+        if (
+            state.step % config.save.every_steps == 0
+            or state.step == plan.num_steps
+            or config.marks.reached(state.tokens - plan.batch_tokens, state.tokens)
+        ):
+            state = replace(state, time_s=observer.save_begins())
             checkpoint.save(
                 run,
                 state,
@@ -220,10 +258,12 @@ def _train(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path
                 optimizer=optimizer,
                 ledger=to_dict(ledger.record(state.consumed_sequences)) if ledger else {},
                 parent=inputs.parent,
+                in_use=observer.saves_in_use(),
             )
+            observer.saved()
 
-    if metrics:
-        metrics.close()
+    observer.finished()
+    if here.is_source:
         lineage.write(run, lineage.read(rundir.step_folder(run, state.step)))
         rundir.mark_done(run)
         logger(__name__).info(
@@ -261,6 +301,39 @@ def _fill(
     set_numbers(optimizer, config)
     mixture = inputs.mixture
     return replace(state, layout=layout, data=mixture.identities, tokenizer_sha256=mixture.tokenizer_sha256)
+
+
+def _roll_back(
+    config: MidTrainConfig,
+    inputs: Inputs,
+    run: Path,
+    chunks: list[Any],
+    optimizer: Any,
+    *,
+    state: TrainState,
+    why: str,
+) -> TrainState:
+    """This run's last save again, with the batches that led to the step after `state` left out. All ranks call it.
+
+    Raises:
+        OctoError: there is no save yet.
+    """
+    step = state.step + 1
+    save: Path | None = from_source(latest_save(run))
+    if save is None:
+        raise OctoError(
+            f"step {step:,}: {why}; there is no save yet to go back to",
+            fix="save before it (save.every_steps), or have it skipped (watch.on_*)",
+        )
+    back = _fill(config, inputs, save, chunks, optimizer, layout=state.layout)
+    watch = rolled_back(config.watch, state.watch, back.watch, step=step, saved_step=back.step)
+    if world().rank == 0:
+        first, last = watch.left_out[-1]
+        logger(__name__).warning(
+            "step %s: %s; rolled back to step %s, the batches of steps %s to %s are left out",
+            *(f"{step:,}", why, f"{back.step:,}", f"{first:,}", f"{last:,}"),
+        )
+    return replace(back, watch=watch)
 
 
 def index_is_whole(folder: Path, phase: Phase) -> bool:

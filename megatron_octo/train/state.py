@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_octo.budget.watch import WatchState
 from megatron_octo.config.base import Settings, read_settings, to_dict
 from megatron_octo.rundir import DONE, step_folder, write_json
 
@@ -29,6 +30,8 @@ class TrainState(Settings):
     """(source, identity of its data set), as `Mixture.identities`: a resume goes on with the same or not at all."""
     tokenizer_sha256: str = ""
     """The tokenizer of the data, as `Mixture.tokenizer_sha256`: a branch goes on with the same or not at all."""
+    watch: WatchState = field(default_factory=WatchState)
+    """What the steps so far looked like, and which of them are left out."""
 
     def write(self, folder: Path) -> None:
         """Write `state.json`."""

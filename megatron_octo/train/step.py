@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of all micro-batches through megatron's schedule, clip, update.
+"""One optimizer step: forward and backward of all micro-batches through megatron's schedule, look, clip, update.
 
 Shapes: b sequences of a micro-batch, s tokens of a sequence.
 """
@@ -6,12 +6,16 @@ Shapes: b sequences of a micro-batch, s tokens of a sequence.
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_octo.budget.watch import Finding, WatchState, gravity, is_left_out, judge, remember
 from megatron_octo.errors import OctoError
 from megatron_octo.train.distributed import bare, mean_loss
+from megatron_octo.train.optimizer import gradient_norm, update
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
 
     from megatron_octo.config.train import MidTrainConfig
     from megatron_octo.data.loader import Loader
+    from megatron_octo.train.again import RunAgain
+    from megatron_octo.train.state import TrainState
+
+LEFT_OUT = Finding(what="its batch is left out", action="skip")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +37,24 @@ class StepResult:
     """Mean over the step's tokens that count, before the update; 0 if none does."""
     grad_norm: float
     """Global norm before clipping."""
+    seconds: float
+    """Wall time."""
+    watch: WatchState
+    """The watch's state after it."""
+    finding: Finding | None = None
+    """What is wrong with it."""
+    note: str = ""
+    """What a person should know of it."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the weights are as before."""
+        return gravity(self.finding) > 0
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether the run is to go back to its last save."""
+        return self.finding is not None and self.finding.action == "roll_back"
 
 
 def train_step(
@@ -36,18 +62,59 @@ def train_step(
     optimizer: Any,
     loader: Loader,
     *,
+    state: TrainState,
+    config: MidTrainConfig,
+    schedule: Callable[..., list[Any]],
+    again: RunAgain,
+) -> StepResult:
+    """Train on the batch after `state`, unless it is left out. All ranks call it.
+
+    Where `config.watch` acts on the numbers, the weights stay as they are.
+
+    Raises:
+        OctoError: it says to stop; on all ranks alike.
+    """
+    started, step = time.monotonic(), state.step + 1
+    if is_left_out(state.watch, step):
+        return StepResult(loss=math.nan, grad_norm=math.nan, seconds=0.0, watch=state.watch, finding=LEFT_OUT)
+
+    def compute() -> tuple[float, float]:
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        return forward_backward(wrapped, loader, state.consumed_sequences, config, schedule), gradient_norm(optimizer)
+
+    judged = again.compute(compute, lambda numbers: judge(config.watch, state.watch, *numbers))
+    loss, grad_norm = judged.numbers
+    skipped = gravity(judged.finding) > 0
+    if judged.finding is not None and judged.finding.action == "stop":
+        raise OctoError(
+            f"step {step:,}: {judged.note}",
+            fix="resume from the last save; if it recurs, look at the data of that step, lower learning_rate.peak, or "
+            "have it left out (watch.on_*: skip or roll_back)",
+        )
+    if not skipped:
+        update(optimizer, grad_norm, config)
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        seconds=time.monotonic() - started,
+        watch=remember(config.watch, state.watch, step, loss, grad_norm, skipped=skipped),
+        finding=judged.finding,
+        note=judged.note,
+    )
+
+
+def forward_backward(
+    wrapped: Sequence[Any],
+    loader: Loader,
     consumed_sequences: int,
     config: MidTrainConfig,
     schedule: Callable[..., list[Any]],
-) -> StepResult:
-    """Train on the step's batch. All ranks call it.
-
-    Raises:
-        OctoError: the loss is not finite; on all ranks alike, before the weights change on disk.
-    """
-    for chunk in wrapped:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
+    *,
+    forward_only: bool = False,
+) -> float:
+    """Run the micro-batches of the step after `consumed_sequences`; returns their mean loss. All ranks call it."""
     batches = [loader.step(consumed_sequences) for _ in wrapped]
     cut, rows = not config.data.across_documents, config.budget.micro_batch_sequences
     parts = schedule(
@@ -57,16 +124,9 @@ def train_step(
         num_microbatches=loader.num_micro_batches,
         seq_length=config.data.seq_length * (rows if cut else 1),  # cut, a micro-batch is one row
         micro_batch_size=1 if cut else rows,
-        forward_only=False,
+        forward_only=forward_only,
     )
-    loss = mean_loss(parts, loader.device)
-    if not abs(loss) < float("inf"):
-        raise OctoError(
-            f"the loss is {loss} after {consumed_sequences:,} sequences",
-            fix="resume from the last save; if it recurs, lower learning_rate.peak or look at the data there",
-        )
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(loss=loss, grad_norm=float(grad_norm))
+    return mean_loss(parts, loader.device)
 
 
 def forward_step(

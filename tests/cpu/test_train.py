@@ -24,6 +24,7 @@ from tests.prepared import BATCH, SEQ_LENGTH, stage
 
 FP32_TOLERANCE = 5e-6  # CONTRIBUTING.md
 BF16_TOLERANCE = 5e-3
+GOLDEN_TOLERANCE = 1e-6  # two last bits of such a loss: CPUs sum in different orders, and differ by 2.4e-7 at most
 LAUNCH_TIMEOUT_S = 500
 
 pytestmark = pytest.mark.timeout(LAUNCH_TIMEOUT_S + 60)
@@ -75,6 +76,12 @@ def test_a_layout_agrees_with_one_rank(layout, metrics):
 
 def test_the_reference_learns(losses):
     assert losses("reference")[-1] < losses("reference")[0] - 0.3
+
+
+def test_the_reference_is_golden(losses):
+    """A change of numerics is recorded anew, with its reason, in a commit of its own that does not refactor."""
+    golden = rundir.read_json(REPOSITORY / "tests" / "golden" / "reference.json")
+    assert losses("reference") == pytest.approx(golden["losses"], abs=GOLDEN_TOLERANCE)
 
 
 def test_bf16_agrees_with_one_rank_and_with_fp32(losses):

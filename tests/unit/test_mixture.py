@@ -10,9 +10,9 @@ import pytest
 
 from megatron_octo.config.data import MixtureConfig
 from megatron_octo.data.manifest import read_manifest, write_manifest
-from megatron_octo.data.mixture import read_mixture
+from megatron_octo.data.mixture import read_held_out, read_mixture
 from megatron_octo.errors import BadInput
-from tests.prepared import VOCAB, stage, write_data, write_source, write_tokenizer
+from tests.prepared import VOCAB, hold_out, stage, write_data, write_source, write_tokenizer
 
 
 @pytest.fixture
@@ -112,3 +112,35 @@ def test_documents_without_an_end_cannot_be_cut(data):
     read_mixture(config, model_vocab_size=VOCAB)
     with pytest.raises(BadInput, match=r"across_documents is off, but the documents of .*b do not end.*\n.*eos"):
         read_mixture(replace(config, across_documents=False), model_vocab_size=VOCAB)
+
+
+def test_what_a_source_holds_out_is_a_mixture_of_its_own(data):
+    config = stage(data, "x").data
+    write_source(data / "other", data / "tokenizer", seed=5)
+    hold_out(data / "b", data / "other")
+    mixture = read_mixture(config, model_vocab_size=VOCAB)
+    held_out = read_held_out(config, mixture)
+    assert list(held_out) == ["b"]
+    assert held_out["b"].tokens == (read_manifest(data / "other").tokens,)
+    assert sum(shard.weight for shard in held_out["b"].shards) == pytest.approx(1.0)
+    prefixes = [data / "b" / "validation00000", data / "b" / "validation00001"]
+    assert [shard.prefix for shard in held_out["b"].shards] == prefixes
+    assert held_out["b"].eos_id == mixture.eos_id
+
+
+def test_a_mixture_that_holds_nothing_out_cannot_be_validated(data):
+    config = stage(data, "x").data
+    with pytest.raises(BadInput, match=r"no source in data\.sources holds out a sequence\n.*validation_share"):
+        read_held_out(config, read_mixture(config, model_vocab_size=VOCAB))
+
+
+def test_held_out_shards_are_looked_at_and_their_marks_too(data):
+    write_source(data / "other", data / "tokenizer", seed=5)
+    hold_out(data / "a", data / "other")
+    config = _first(data, loss="answers")
+    mixture = read_mixture(stage(data, "x").data, model_vocab_size=VOCAB)
+    with pytest.raises(BadInput, match=r"lacks .*validation00000\.loss"):
+        read_held_out(config, mixture)
+    (data / "a" / "validation00001.bin").unlink()
+    with pytest.raises(BadInput, match=r"a lacks validation00001\.bin"):
+        read_manifest(data / "a")

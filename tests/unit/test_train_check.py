@@ -16,7 +16,15 @@ from megatron_octo import lineage, rundir
 from megatron_octo.budget.ledger import Block, LedgerRecord, Phase, SourceTokens, Stream
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.schedule import ConstantRate, CosineRate, LinearRate
-from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig, ParallelConfig
+from megatron_octo.config.train import (
+    FromImport,
+    FromRun,
+    MarksConfig,
+    MidTrainConfig,
+    ParallelConfig,
+    ValidateConfig,
+    WatchConfig,
+)
 from megatron_octo.errors import BadInput
 from megatron_octo.train.run import check, finished
 from megatron_octo.train.start import data_phases
@@ -270,3 +278,27 @@ def test_the_checks_and_a_done_run_need_no_torch(config, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, env=os.environ, timeout=60, check=False)
     assert done.returncode == 0
+
+
+def test_validation_of_sources_that_hold_nothing_out(config):
+    with pytest.raises(BadInput, match=r"no source in data\.sources holds out"):
+        check(replace(config, validate=ValidateConfig(every_steps=5)), 1)
+
+
+def test_wandb_that_is_not_installed(config, monkeypatch):
+    monkeypatch.setattr("megatron_octo.train.run.find_spec", lambda name: None)
+    check(config, 1)
+    with pytest.raises(BadInput, match=r"the wandb package is not installed\n.*megatron_octo\[wandb\]"):
+        check(replace(config, wandb_project="project"), 1)
+
+
+def test_a_rerun_may_change_how_it_is_watched(config):
+    rundir.write_json(rundir.run_folder("run") / "config.json", to_dict(config))
+    changed = replace(
+        config,
+        watch=WatchConfig(on_loss_spike="skip"),
+        validate=ValidateConfig(sequences=7),
+        marks=MarksConfig(every_tokens=1),
+        wandb_project="project",
+    )
+    assert not finished(changed)

@@ -1,0 +1,106 @@
+"""Marks: a save on the way becomes an export and scores, by `octo convert` and `octo evaluate` beside the training.
+
+What is done is what has its DONE: a resumed run starts what was cut off and nothing else. A failure is a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from megatron_octo.config.base import to_dict
+from megatron_octo.config.evaluate import ScoredModel
+from megatron_octo.console import logger
+from megatron_octo.platform.process import octo_command, tied_child
+from megatron_octo.platform.process_group import launchers_variables
+from megatron_octo.rundir import is_done, step_folder, write_json
+from megatron_octo.train.state import saved_steps
+
+if TYPE_CHECKING:
+    from megatron_octo.config.train import MidTrainConfig
+
+
+class Marks:
+    """One mark's processes at a time, in the order of the marks. Rank 0 alone makes one of these."""
+
+    def __init__(self, run: Path, config: MidTrainConfig) -> None:
+        self._run, self._config = run, config
+        self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._tried: set[int] = set()
+        self.in_use: set[int] = set()
+        """Steps whose saves are still to be read: they are to be kept."""
+
+    def start(self) -> None:
+        """Convert and evaluate the saves at marks for which that is neither done nor tried; returns at once."""
+        tokens = self._config.batch_tokens
+        for step in saved_steps(self._run):
+            is_mark = self._config.marks.reached((step - 1) * tokens, step * tokens)
+            if is_mark and step not in self._tried and not all(map(is_done, self._outputs(step))):
+                self._tried.add(step)
+                self.in_use.add(step)
+                self._waiting.put(step)
+
+    def work(self) -> None:
+        """Do what was started, until `end`."""
+        while (step := self._waiting.get()) is not None:
+            log = self._run / "log" / f"mark_{step:08d}.txt"
+            log.parent.mkdir(exist_ok=True)
+            with log.open("a") as output:
+                if all(self._octo(command, step, output) for command in self._commands(step)):
+                    logger(__name__).info("step %s: %s", f"{step:,}", ", ".join(map(str, self._outputs(step))))
+            self.in_use.discard(step)
+
+    def end(self) -> None:
+        """Have `work` return once all is done."""
+        if self.in_use:
+            steps = ", ".join(f"{step:,}" for step in sorted(self.in_use))
+            logger(__name__).info("waiting for the export of step %s, and its scores if it has any", steps)
+        self._waiting.put(None)
+
+    def _outputs(self, step: int) -> list[Path]:
+        """The export, and the scores if there is an evaluation."""
+        name, evaluation = step_folder(self._run, step).name, self._config.marks.evaluate
+        return [self._run / "hf" / name, *([self._run / "scores" / name / evaluation.task] if evaluation else [])]
+
+    def _commands(self, step: int) -> Iterator[list[str]]:
+        export, *scores = self._outputs(step)
+        if not is_done(export):
+            yield ["convert", "to-hf", str(step_folder(self._run, step)), str(export)]
+        if scores:
+            settings = scores[0].with_suffix(".json")
+            assert self._config.marks.evaluate is not None
+            models = (ScoredModel(model=export, output=scores[0]),)
+            write_json(settings, to_dict(replace(self._config.marks.evaluate, models=models)))
+            yield ["evaluate", str(settings)]
+
+    def _octo(self, command: list[str], step: int, output: IO[str]) -> bool:
+        """Run one command to its end; whether it succeeded."""
+        devices = {"CUDA_VISIBLE_DEVICES": self._config.marks.devices}
+        argv = octo_command(*command)
+        with tied_child(argv, env=devices, without=launchers_variables(), output=output) as child:
+            code = child.wait()
+        if code != 0:
+            logger(__name__).warning(
+                "step %s: `octo %s` ended with exit code %d, and nothing waits for it; %s says why",
+                f"{step:,}",
+                " ".join(command),
+                code,
+                output.name,
+            )
+        return code == 0
+
+
+@contextlib.contextmanager
+def marks(run: Path, config: MidTrainConfig) -> Iterator[Marks]:
+    """Yield the run's marks, and wait at the end for what they started. An error ends that with this process."""
+    ours = Marks(run, config)
+    worker = threading.Thread(target=ours.work, daemon=True)
+    worker.start()
+    yield ours
+    ours.end()
+    worker.join()
