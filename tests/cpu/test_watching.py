@@ -107,6 +107,11 @@ def test_a_fault_that_is_gone_when_computed_again_leaves_no_trace(curve, log):
     assert f"step {FAULTY}: the gradient norm is nan, but not when computed again" in log
 
 
+def test_the_second_time_draws_the_same_numbers(folder):
+    first, second = rundir.read_json(folder / "drawn.json")
+    assert first == second
+
+
 def test_a_fault_that_comes_back_stops_the_run_before_it_is_learned(run, rows):
     message = (run("stopped") / "error").read_text()
     assert f"step {FAULTY}: the gradient norm is nan, and so it is when computed again" in message

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_octo import console, rundir
+from megatron_octo.budget.watch import Finding
 from megatron_octo.config.evaluate import EvaluateConfig
 from megatron_octo.config.train import (
     FromRun,
@@ -80,6 +81,7 @@ def main(folder: Path) -> None:
     train(small(folder, "plain", wandb_project="project"))
     for name in VALIDATED:
         train(small(folder, f"validated-{name}", parallel=LAYOUTS[name], validate=VALIDATE))
+    draw_twice(folder)
     train_with_faults(folder)
     for name, watch in (("back-three", BACK_THREE), ("skipped", SKIP)):
         if is_first:
@@ -93,6 +95,27 @@ def main(folder: Path) -> None:
     dist.barrier()
     hang = WatchConfig(hang_timeout_s=HANG_TIMEOUT_S)
     with_fault(small(folder, "hung", watch=hang), Fault(step=3, sleep_s=1e6))
+
+
+def draw_twice(folder: Path) -> None:
+    """Write what a step that is computed twice draws from each generator. Both ranks call it."""
+    import torch
+    from megatron.core import tensor_parallel
+
+    from megatron_octo.train.again import RunAgain
+
+    drawn = []
+
+    def step() -> tuple[float, float]:
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            shared = torch.rand(1).item()
+        drawn.append((torch.rand(1).item(), shared, float(np.random.rand())))
+        return 1.0, 1.0
+
+    wrong = Finding(what="the first is wrong", action="stop")
+    RunAgain().compute(step, lambda _: wrong if len(drawn) == 1 else None)
+    if os.environ["RANK"] == "0":
+        rundir.write_json(folder / "drawn.json", drawn)
 
 
 def train_with_faults(folder: Path) -> None:
