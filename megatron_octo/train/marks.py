@@ -48,11 +48,10 @@ class Marks:
     def work(self) -> None:
         """Do what was started, until `end`."""
         while (step := self._waiting.get()) is not None:
-            log = self._run / "log" / f"mark_{step:08d}.txt"
-            log.parent.mkdir(exist_ok=True)
-            with log.open("a") as output:
-                if all(self._octo(command, step, output) for command in self._commands(step)):
-                    logger(__name__).info("step %s: %s", f"{step:,}", ", ".join(map(str, self._outputs(step))))
+            try:
+                self._do(step)
+            except OSError as error:
+                logger(__name__).warning("step %s: its mark failed, and nothing waits for it: %s", f"{step:,}", error)
             self.in_use.discard(step)
 
     def end(self) -> None:
@@ -61,6 +60,13 @@ class Marks:
             steps = ", ".join(f"{step:,}" for step in sorted(self.in_use))
             logger(__name__).info("waiting for the export of step %s, and its scores if it has any", steps)
         self._waiting.put(None)
+
+    def _do(self, step: int) -> None:
+        log = self._run / "log" / f"mark_{step:08d}.txt"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("a") as output:
+            if all(self._octo(command, step, output) for command in self._commands(step)):
+                logger(__name__).info("step %s: %s", f"{step:,}", ", ".join(map(str, self._outputs(step))))
 
     def _outputs(self, step: int) -> list[Path]:
         """The export, and the scores if there is an evaluation."""

@@ -116,6 +116,14 @@ def test_a_failure_is_a_warning_and_a_later_attempt_tries_that_part_again(config
     assert "ended with exit code 3" in caplog.text
 
 
+def test_a_mark_that_cannot_start_is_a_warning_too(config, run, caplog):
+    (run / "log").touch()  # a file where the logs' folder should be
+    with marks(run, config) as ours:
+        ours.start()
+    assert ours.in_use == set()
+    assert "step 3: its mark failed" in caplog.text
+
+
 def test_an_error_of_the_training_does_not_wait(config, run):
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError), marks(run, config) as ours:
