@@ -45,7 +45,9 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def test_the_line_for_people(opened, caplog):
     metrics = opened()
     for step in range(1, 6):
-        metrics.record(step, RESULT, 2e-5, {"web": 2.5, "short": 1.25} if step == 5 else {})
+        metrics.record(
+            step, RESULT, 2e-5, {"web": 2.5, "short": 1.25} if step == 5 else {}, {"optim/weight_decay": 0.1}
+        )
     mfu = BATCH * SEQ_LENGTH / 0.5 * train_flops_per_token(MODEL, SEQ_LENGTH) / 2 / PEAK
     assert caplog.messages[-2:] == [
         "step 5/1,000  0.5%  loss 1.2346  lr 2.00e-05  grad 0.87  0.3k tok/s/gpu  "
@@ -62,7 +64,7 @@ def test_the_start_says_how_mfu_is_computed(opened, caplog):
 
 def test_a_row_of_metrics(opened, tmp_path):
     metrics = opened()
-    metrics.record(1, RESULT, 2e-5, {"web": 2.5})
+    metrics.record(1, RESULT, 2e-5, {"web": 2.5}, {"optim/weight_decay": 0.1})
     metrics.close()
     (row,) = _rows(tmp_path)
     assert row.pop("time_s") >= 0
@@ -72,6 +74,7 @@ def test_a_row_of_metrics(opened, tmp_path):
         "tokens": BATCH * SEQ_LENGTH,
         "train/loss": 1.23456,
         "optim/lr": 2e-5,
+        "optim/weight_decay": 0.1,
         "optim/grad_norm": 0.874,
         "valid/web/loss": 2.5,
         "throughput/tokens_per_second": 512.0,
@@ -81,8 +84,14 @@ def test_a_row_of_metrics(opened, tmp_path):
 def test_a_skipped_step_is_listed_and_numbers_that_json_lacks_are_left_out(opened, tmp_path, caplog):
     metrics = opened()
     finding = Finding(what="the loss is nan", action="skip")
-    metrics.record(1, replace(RESULT, loss=math.nan, finding=finding, note="the loss is nan, and so on"), 2e-5, {})
-    metrics.record(2, replace(RESULT, finding=replace(finding, action="log")), 2e-5, {})
+    metrics.record(
+        1,
+        replace(RESULT, loss=math.nan, finding=finding, note="the loss is nan, and so on"),
+        2e-5,
+        {},
+        {"optim/weight_decay": 0.1},
+    )
+    metrics.record(2, replace(RESULT, finding=replace(finding, action="log")), 2e-5, {}, {"optim/weight_decay": 0.1})
     metrics.close()
     skipped, logged = _rows(tmp_path)
     assert skipped["watch/skipped"] == 1
@@ -94,9 +103,9 @@ def test_a_skipped_step_is_listed_and_numbers_that_json_lacks_are_left_out(opene
 def test_a_roll_back_drops_what_came_after_and_goes_on(opened, tmp_path):
     metrics = opened()
     for step in (1, 2, 3):
-        metrics.record(step, RESULT, 2e-5, {})
+        metrics.record(step, RESULT, 2e-5, {}, {"optim/weight_decay": 0.1})
     metrics.go_back(1)
-    metrics.record(2, replace(RESULT, loss=9.0), 2e-5, {})
+    metrics.record(2, replace(RESULT, loss=9.0), 2e-5, {}, {"optim/weight_decay": 0.1})
     metrics.finish()
     assert [(row["step"], row["train/loss"]) for row in _rows(tmp_path)] == [(1, 1.23456), (2, 9.0)]
 
@@ -107,7 +116,7 @@ def test_wandb_that_fails_to_start_is_a_warning_without_its_words(opened, tmp_pa
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     metrics = opened(wandb_project="project")
-    metrics.record(1, RESULT, 2e-5, {})
+    metrics.record(1, RESULT, 2e-5, {}, {"optim/weight_decay": 0.1})
     metrics.finish()
     assert "no numbers go to W&B: RuntimeError" in caplog.text
     assert "1234" not in caplog.text
