@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -88,17 +92,28 @@ def new_folder(path: Path) -> Iterator[Path]:
     What an earlier, interrupted attempt left beside it is removed first. An existing `path` is
     replaced only at the end, so a failure loses nothing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_stale(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = temporary_folder(path)
     try:
         yield temporary
         mark_done(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    publish(temporary, path)
+
+
+def temporary_folder(path: Path) -> Path:
+    """Make an empty folder for what is to be `path`; what killed attempts at `path` left goes first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_stale(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a whole `temporary_folder(path)` its name."""
     if path.exists():
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         path.replace(old)
@@ -253,10 +268,13 @@ def sha256(path: Path) -> str:
 
 def sha256_folder(folder: Path, pattern: str) -> str:
     """One SHA-256 over the names and contents of the files in `folder` that match `pattern`."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return sha256_files({path.name: sha256(path) for path in folder.glob(pattern)})
+
+
+def sha256_files(sums: Mapping[str, str]) -> str:
+    """One SHA-256 over files, of the name and the SHA-256 of each."""
+    lines = "".join(f"{name} {sums[name]}\n" for name in sorted(sums))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -174,15 +174,28 @@ class ComputeConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveConfig(Settings):
-    """When to save and what to keep."""
+    """When to save and what to keep. Several intervals may be given; the last step always saves."""
 
-    every_steps: int
-    """Steps between saves; the last step always saves."""
+    every_steps: int | None = None
+    """Steps between saves."""
+    every_tokens: int | None = None
+    """Tokens between saves: a save follows the step that reaches each multiple."""
+    every_minutes: float | None = None
+    """Minutes between saves, by rank 0's clock."""
     keep_last: int = 2
     """Saves to keep; the last step's save always stays."""
+    keep_every_tokens: int | None = None
+    """Keep for good, besides, the first save at or after each multiple of so many tokens: branches may start there."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "save.", "every_steps", "keep_last")
+        intervals = ("every_steps", "every_tokens", "every_minutes")
+        given = [name for name in (*intervals, "keep_every_tokens") if getattr(self, name) is not None]
+        require_positive(self, "save.", "keep_last", *given)
+        require(
+            any(name in given for name in intervals),
+            "save has no interval: all would be lost with the machine",
+            fix=f"give one of {', '.join(f'save.{name}' for name in intervals)}",
+        )
 
 
 Action = Literal["log", "skip", "roll_back", "stop"]

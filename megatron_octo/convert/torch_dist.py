@@ -1,8 +1,7 @@
 """Megatron's `torch_dist` folders, read and written one tensor at a time: no ranks, no process group, no GPU.
 
-The index of such a folder, `.metadata`, is a pickle, which torch itself loads with the power to run any code in
-it. Here an index may name the few classes that describe tensors and nothing else, tensors are loaded with
-`weights_only`, and byte blobs (`_extra_state`, the common state) are never opened.
+Nothing of it is unpickled that could run code: the index by `model/untrusted.py`, tensors with `weights_only`, and
+byte blobs (`_extra_state`, the common state) are never opened.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from megatron_octo import console
 from megatron_octo.errors import BadInput
+from megatron_octo.model.untrusted import read_index
 from megatron_octo.rundir import write_json
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = ".metadata"
 FORMAT_FILE = "metadata.json"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 WEIGHT_FILES = "*.distcp"
@@ -35,44 +34,6 @@ NUMBERS = "/data/0"
 """Name in `torch.save`'s archive of what a single tensor holds."""
 ZIP_HEADER = struct.Struct("<26x2H")
 """A zip entry's own header; it ends with the lengths of the name and of the extra field that follow it."""
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-_PLANNER = "torch.distributed.checkpoint.planner"
-ALLOWED = {
-    (_METADATA, "BytesStorageMetadata"),
-    (_METADATA, "ChunkStorageMetadata"),
-    (_METADATA, "Metadata"),
-    (_METADATA, "MetadataIndex"),
-    (_METADATA, "StorageMeta"),
-    (_METADATA, "TensorProperties"),
-    (_METADATA, "TensorStorageMetadata"),
-    (_METADATA, "_MEM_FORMAT_ENCODING"),
-    (_PLANNER, "BytesIOWriteData"),
-    (_PLANNER, "SavePlan"),
-    (_PLANNER, "TensorWriteData"),
-    (_PLANNER, "WriteItem"),
-    (_PLANNER, "WriteItemType"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-}
-"""(module, name) an index may refer to, besides torch's number formats: descriptions without side effects."""
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        import torch
-
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) in ALLOWED:
-            return super().find_class(module, name)
-        raise BadInput(
-            f"the index of this checkpoint refers to {module}.{name}, which describes no tensor: it was not loaded",
-            fix="do not load this checkpoint with other tools either, unless you know who wrote it",
-        )
 
 
 class Reader:
@@ -87,20 +48,13 @@ class Reader:
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         self.folder = folder
-        path = folder / INDEX
-        if not path.is_file():
-            raise BadInput(f"{folder} is no megatron checkpoint: it has no {INDEX}", fix="give the folder of one save")
-        with path.open("rb") as file:
-            try:
-                metadata = _IndexUnpickler(file).load()
-                self._storage = metadata.storage_data
-                self._tensors = {
-                    key: entry
-                    for key, entry in metadata.state_dict_metadata.items()
-                    if isinstance(entry, TensorStorageMetadata)
-                }
-            except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
-                raise BadInput(f"{path} is torn: {error}", fix="take another save") from None
+        metadata = read_index(folder)
+        self._storage = metadata.storage_data
+        self._tensors = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
 
     def keys(self) -> list[str]:
         """Keys of all tensors; optimizer state included."""

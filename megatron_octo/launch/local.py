@@ -7,18 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from megatron_octo.errors import OctoError
-from megatron_octo.platform.process import run, terminate_as_interrupt
+from megatron_octo.platform.process import run_launcher
 
 
 def run_ranks(command: Sequence[str], num_ranks: int) -> None:
     """Run `octo COMMAND...` as `num_ranks` processes of one group on this machine, to their end.
 
-    torchrun picks a free port, ends all ranks when one fails, and is ended with them when this process is.
-    The ranks' output is this process's.
+    torchrun picks a free port, ends all ranks when one fails, and is ended with them when this process is. The ranks'
+    output is this process's; SIGTERM and SIGUSR1 to this process are for them.
 
     Raises:
         OctoError: a rank failed; its own message is above.
-        KeyboardInterrupt: interrupted, or asked to end; the ranks have ended.
+        KeyboardInterrupt: interrupted; the ranks have ended.
     """
     argv = [
         sys.executable,
@@ -34,8 +34,7 @@ def run_ranks(command: Sequence[str], num_ranks: int) -> None:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),  # torchrun's own, of pynvml's name
     }
-    with terminate_as_interrupt():
-        code = run(argv, env=env)
+    code = run_launcher(argv, env=env)
     if code != 0:
         raise OctoError(
             f"{num_ranks} ranks of `octo {' '.join(command)}` ended with exit code {code}",

@@ -219,6 +219,8 @@ def _run_stage(stage: Stage, title: str, folder: Path) -> None:
             f"stage {stage.name!r} ended with exit code {code}",
             fix=f"see its message above; run the pipeline again to go on from here; alone: octo {' '.join(stage.argv)}",
         )
+    if stage.outputs and not stage.done:
+        raise OctoError(f"stage {stage.name!r} was asked to stop", fix="run the pipeline again to go on from there")
     log.info("%s: %s", title, console.duration(seconds))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_octo.errors import BadInput
 from megatron_octo.model.layers import layer_spec
@@ -25,6 +25,7 @@ def build_model(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    num_ids: int | None = None,
 ) -> GPTModel:
     """Build this rank's part of the model, with random weights, on the platform's device.
 
@@ -39,6 +40,7 @@ def build_model(
         pre_process: whether the embedding is in this part.
         post_process: whether the output layer is in this part; without it the result is hidden states [s, b, h].
         vp_stage: which model chunk of this rank, under the interleaved schedule.
+        num_ids: the tokenizer's; rows of the output layer beyond them are padding, which no loss sees. None for all.
 
     Raises:
         BadInput: the platform cannot do what `parallel` asks for.
@@ -62,7 +64,27 @@ def build_model(
         rope_scaling_factor=config.rope_factor or 1.0,
         vp_stage=vp_stage,
     )
+    if post_process and num_ids is not None and num_ids < config.vocab_size:
+        _mask_padding(model.output_layer, num_ids)
     return model.cuda(torch.cuda.current_device()) if platform.device == "cuda" else model
+
+
+def _mask_padding(output_layer: Any, num_ids: int) -> None:
+    """Give the logits of rows beyond `num_ids` the lowest number there is: their probability and gradient are 0.
+
+    Not -inf, whose difference from itself is no number: a tensor-parallel rank may hold nothing but padding.
+    """
+    import torch
+    from megatron.core import parallel_state as groups
+
+    start = num_ids - groups.get_tensor_model_parallel_rank() * output_layer.output_size_per_partition
+
+    def mask(layer: Any, inputs: Any, output: tuple[Any, Any]) -> None:
+        logits, _ = output  # [s, b, v of this rank]
+        logits[..., max(start, 0) :] = torch.finfo(logits.dtype).min
+
+    if start < output_layer.output_size_per_partition:
+        output_layer.register_forward_hook(mask)
 
 
 def check_platform(parallel: ParallelConfig, platform: Platform) -> None:

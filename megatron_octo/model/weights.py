@@ -7,12 +7,14 @@ same whichever layers made them and however the model was cut, so any layout rea
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo.config.base import to_dict
 from megatron_octo.errors import BadInput, OctoError
+from megatron_octo.model.untrusted import check_record, read_index, weights_only
 from megatron_octo.rundir import differences, read_json
 
 if TYPE_CHECKING:
@@ -28,9 +30,33 @@ def sharded_weights(chunks: Sequence[Any]) -> dict[str, Any]:
     return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
 
 
+def load_sharded(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What megatron loads of a torch_dist folder; nothing in it is unpickled that could run code. All ranks call it.
+
+    Raises:
+        BadInput: the folder has no index, lacks something, or has pickles that refer to more than numbers.
+    """
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
+
+    read_index(folder)
+    try:
+        with weights_only():
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        found = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        lines = str(found).splitlines()
+        reason = next((line for line in lines if "GLOBAL" in line), lines[0])  # torch's advice around it is unsafe
+        raise BadInput(f"{folder} was not loaded: {reason.strip()}", fix="use another save") from None
+    return loaded
+
+
 def put_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
-    """Put what dist_checkpointing loaded for `sharded_weights` into the chunks."""
+    """Put what `load_sharded` returned for `sharded_weights` into the chunks."""
     for index, chunk in enumerate(chunks):
+        for key, value in loaded[f"model{index}"].items():
+            if key.endswith(EXTRA_STATE):
+                check_record(key, value)
         keys = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
         wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if not key.endswith(EXTRA_STATE))]
         if wrong:
@@ -39,13 +65,11 @@ def put_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
 
 def load_weights(chunks: Sequence[Any], folder: Path) -> None:
     """Fill the chunks with the weights in `folder`, however the model that wrote them was cut. All ranks call it."""
-    from megatron.core import dist_checkpointing
-
     wanted = {
         name: {key: entry for key, entry in part.items() if not key.endswith(EXTRA_STATE)}
         for name, part in sharded_weights(chunks).items()
     }
-    put_weights(chunks, dist_checkpointing.load(wanted, str(folder)))
+    put_weights(chunks, load_sharded(wanted, folder))
 
 
 def check_shape(config: ModelConfig, folder: Path) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""They ask training to save and to end; Slurm sends either before it takes a machine away."""
 GRACE_S = 30.0
 SAMPLE_MEMORY_EVERY_S = 2.0
 SAMPLES_A_NOTE = 5
@@ -93,10 +95,29 @@ def terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def run(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
-    """Run `argv` to its end and return its exit code (negative: killed by that signal)."""
-    with tied_child(argv, env=env) as child:
-        return child.wait()
+def run_launcher(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> int:
+    """Run `argv`, which starts ranks, to its end and return its exit code.
+
+    Meanwhile STOP_SIGNALS go past it to the ranks, as SIGTERM: they save and end in their own time. torchrun would
+    grant them 30 s and then end as failed. Before there are ranks, the signals end `argv`.
+    """
+    import psutil
+
+    def pass_on(signum: int, frame: object) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(child.pid).children() or [child]:
+                process.terminate()
+
+    previous = {each: signal.getsignal(each) for each in STOP_SIGNALS}
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for torchrun, which inherits it: Slurm signals every process
+    try:
+        with tied_child(argv, env=env) as child:
+            for each in STOP_SIGNALS:
+                signal.signal(each, pass_on)
+            return child.wait()
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def run_and_watch(argv: Sequence[str], note: Callable[[float, float], None]) -> int:

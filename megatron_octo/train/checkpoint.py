@@ -2,67 +2,108 @@
 
 checkpoints/step_XXXXXXXX/ holds megatron's torch_dist files (weights under `model/weights.py`'s keys, the
 optimizer in its fully reshardable form, random states), state.json, ledger.json, config.json, model.json,
-lineage.json and DONE. `checkpoints/latest` names the last step, for people and other tools.
+lineage.json, SHA256SUMS and DONE.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_octo import lineage
+from megatron_octo import checksums, lineage, rundir
 from megatron_octo.config.base import fingerprint, to_dict
-from megatron_octo.console import logger
-from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE, put_weights, sharded_weights
-from megatron_octo.rundir import new_folder, sha256_folder, step_folder, write_atomic, write_json
-from megatron_octo.train.distributed import from_source
-from megatron_octo.train.state import TrainState, saved_steps
+from megatron_octo.errors import OctoError
+from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE, load_sharded, put_weights, sharded_weights
+from megatron_octo.platform import checkpoint_writer
+from megatron_octo.train.distributed import on_source, together
 
 if TYPE_CHECKING:
     from megatron_octo.config.train import MidTrainConfig
+    from megatron_octo.train.state import TrainState
 
-WEIGHT_FILES = "*.distcp"
 OPTIMIZER_FORM = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+FIX = "see to the disk; run again, it goes on from the last whole save"
 
 
-def save(
-    run: Path,
-    state: TrainState,
-    *,
-    config: MidTrainConfig,
-    chunks: Sequence[Any],
-    wrapped: Sequence[Any],
-    optimizer: Any,
-    ledger: dict[str, Any],
-    parent: lineage.Lineage | None,
-    in_use: Collection[int] = (),
-) -> None:
-    """Write the save of `state.step` and remove the oldest beyond `save.keep_last`. All ranks call it.
+class Writing:
+    """A save on its way to the disk: a thread of each rank writes copies of its tensors, while training goes on."""
 
-    Rank 0 names the temporary folder, all ranks write tensors into it, rank 0 writes the rest and renames it.
-    `ledger` counts on rank 0 only, and so does `in_use`, the steps whose saves stay because something reads them.
-    """
-    import torch.distributed as dist
-    from megatron.core import dist_checkpointing
+    def __init__(
+        self,
+        folder: Path,
+        state: TrainState,
+        *,
+        config: MidTrainConfig,
+        chunks: Sequence[Any],
+        wrapped: Sequence[Any],
+        optimizer: Any,
+        ledger: dict[str, Any],
+        parent: lineage.Lineage | None,
+    ) -> None:
+        """Copy the tensors and start the threads. All ranks call it; `ledger` counts on rank 0 only.
 
-    folder, is_source = step_folder(run, state.step), dist.get_rank() == 0
-    with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(new_folder(folder)) if is_source else None
-        temporary: Path = from_source(ours)
+        Raises:
+            OctoError: rank 0 cannot make the temporary folder; on all ranks alike.
+        """
+        from megatron.core import dist_checkpointing
+
+        self.folder, self._state, self._config = folder, state, config
+        self._ledger, self._parent = ledger, parent
+        self._what = f"{folder} was not saved"
+        self._temporary = on_source(self._what, lambda: rundir.temporary_folder(folder), fix=FIX)
         with _gathered_weights(wrapped, config):
-            tensors = _sharded(chunks, optimizer, is_loading=False)
-            dist_checkpointing.save(tensors, str(temporary))
-        if is_source:
-            _write_records(temporary, state, config, ledger, parent)
-    if is_source:
-        write_atomic(folder.parent / "latest", f"{state.step}\n")
-        for step in set(saved_steps(run)[: -config.save.keep_last]).difference(in_use):
-            shutil.rmtree(step_folder(run, step))
-        logger(__name__).info("saved %s", folder)
-    dist.barrier()
+            self._request = dist_checkpointing.save(
+                _sharded(chunks, optimizer, is_loading=False),
+                str(self._temporary),
+                sharded_strategy=_shared_writing(),
+                async_sharded_save=True,
+                async_strategy="mcore",
+            )
+            checkpoint_writer.copy_to_host(self._request)
+        self._sums = _in_thread(self._write)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's files are on the disk, or failed."""
+        return self._sums.done()
+
+    def finish(self) -> None:
+        """Wait for all ranks' files; then rank 0 writes the rest, seals the folder and gives it its name.
+
+        All ranks call it.
+
+        Raises:
+            OctoError: a file cannot be written; nothing is left of the save.
+        """
+        try:
+            written = together(self._what, self._sums.result, fix=FIX)
+            known = {name: digest for sums in written for name, digest in sums.items()}
+            for collect in self._request.finalize_fns:  # megatron's index, on rank 0
+                collect()
+            on_source(self._what, lambda: self._publish(known), fix=FIX)
+        except (OctoError, OSError) as error:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            raise error if isinstance(error, OctoError) else OctoError(f"{self._what}: {error}", fix=FIX) from error
+
+    def _write(self) -> dict[str, str]:
+        return {path.name: rundir.sha256(path) for path in checkpoint_writer.write(self._request)}
+
+    def _publish(self, known: dict[str, str]) -> None:
+        """What rank 0 does when all tensors are on disk; `known` has the SHA-256 of the files that hold them."""
+        folder = self._temporary
+        self._state.write(folder)
+        rundir.write_json(folder / "ledger.json", self._ledger)
+        rundir.write_json(folder / "config.json", to_dict(self._config))
+        rundir.write_json(folder / MODEL_FILE, to_dict(self._config.model))
+        digest = rundir.sha256_files(known)
+        lineage.write(folder, link(self._config, self._parent, self._state, weights_sha256=digest))
+        checksums.seal(folder, known)
+        rundir.publish(folder, self.folder)
 
 
 def load(folder: Path, *, chunks: Sequence[Any], optimizer: Any | None, same_layout: bool) -> None:
@@ -75,30 +116,18 @@ def load(folder: Path, *, chunks: Sequence[Any], optimizer: Any | None, same_lay
         same_layout: whether ranks and layers are those that saved; only then do random states and the layers' own
             records (FP8 scales) mean anything, and come back too.
     """
-    from megatron.core import dist_checkpointing
-
     wanted = _sharded(chunks, optimizer, is_loading=True)
     if not same_layout:
         del wanted["random"]
         for index in range(len(chunks)):
             part = wanted[f"model{index}"]
             wanted[f"model{index}"] = {key: entry for key, entry in part.items() if not key.endswith(EXTRA_STATE)}
-    loaded = dist_checkpointing.load(wanted, str(folder))
+    loaded = load_sharded(wanted, folder)
     put_weights(chunks, loaded)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
         _set_random_states(loaded["random"])
-
-
-def _write_records(
-    folder: Path, state: TrainState, config: MidTrainConfig, ledger: dict[str, Any], parent: lineage.Lineage | None
-) -> None:
-    state.write(folder)
-    write_json(folder / "ledger.json", ledger)
-    write_json(folder / "config.json", to_dict(config))
-    write_json(folder / MODEL_FILE, to_dict(config.model))
-    lineage.write(folder, link(config, parent, state, weights_sha256=sha256_folder(folder, WEIGHT_FILES)))
 
 
 def link(
@@ -167,3 +196,27 @@ def _set_random_states(states: dict[str, Any]) -> None:
     torch.cuda.set_rng_state(states["device"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
     torch.set_rng_state(states["cpu"])
+
+
+def _in_thread[T](work: Callable[[], T]) -> Future[T]:
+    """Do `work` in a thread that keeps no process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _shared_writing() -> Any:
+    """Megatron's way to share out among data-parallel ranks what they all hold."""
+    from megatron.core import parallel_state as groups
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    everyone = groups.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), everyone)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from megatron_octo.errors import OctoError
 from megatron_octo.model.build import build_model
+from megatron_octo.train.votes import Votes
 
 if TYPE_CHECKING:
     from megatron_octo.config.train import MidTrainConfig
@@ -40,8 +43,8 @@ def place() -> Place:
     )
 
 
-def build_chunks(config: MidTrainConfig, platform: Platform) -> list[Any]:
-    """This rank's model chunks: one, or `virtual_pipeline` many. All ranks call it."""
+def build_chunks(config: MidTrainConfig, platform: Platform, *, num_ids: int) -> list[Any]:
+    """This rank's model chunks: one, or `virtual_pipeline` many; of a tokenizer of `num_ids`. All ranks call it."""
     from megatron.core import parallel_state as groups
 
     virtual = config.parallel.virtual_pipeline
@@ -54,6 +57,7 @@ def build_chunks(config: MidTrainConfig, platform: Platform) -> list[Any]:
             pre_process=groups.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=groups.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             vp_stage=stage,
+            num_ids=num_ids,
         )
         for stage in (range(virtual) if virtual else [None])
     ]
@@ -99,27 +103,29 @@ def bare(wrapped: Any) -> Any:
     return wrapped
 
 
-def mean_loss(parts: Sequence[Any], device: str) -> float:
-    """The mean loss of a step over all tokens that count, 0 if none does. All ranks call it.
+def mean_loss(parts: Sequence[Any], device: str, votes: Votes) -> tuple[float, Votes]:
+    """The mean loss of a step over all tokens that count, 0 if none does; and the votes of all. All ranks call it.
 
-    One sum over all ranks of [loss sum, tokens]: pipeline stages without the loss add zeros, and the equal
+    One sum over all ranks of [loss sum, tokens, votes]: pipeline stages without the loss add zeros, and the equal
     copies of tensor-parallel ranks cancel in the quotient.
 
     Args:
         parts: [loss sum, tokens] of each micro-batch; empty on ranks without the output layer.
         device: where to put the sum.
+        votes: this rank's.
     """
     import torch
     import torch.distributed as dist
 
-    total = torch.stack(list(parts)).sum(0) if parts else torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.stack(list(parts)).sum(0) if parts else torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.cat([sums, torch.tensor(votes, dtype=sums.dtype, device=sums.device)])
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
-    loss, tokens = total.tolist()
-    return float(loss / tokens) if tokens else 0.0
+    loss, tokens, *asked = total.tolist()
+    return float(loss / tokens) if tokens else 0.0, Votes(*map(int, asked))
 
 
-def from_source(value: Any) -> Any:
+def from_source[T](value: T) -> T:
     """Rank 0's `value`, on every rank. All ranks call it."""
     import torch.distributed as dist
 
@@ -128,3 +134,35 @@ def from_source(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def together[T](what: str, work: Callable[[], T], *, fix: str) -> list[T]:
+    """What `work` returns on each rank, in the order of the ranks, on every rank. All ranks call it.
+
+    Raises:
+        OctoError: `what`, on all ranks alike, because `work` failed on one.
+    """
+    import torch.distributed as dist
+
+    result, failure = None, ""
+    try:
+        result = work()
+    except Exception as error:
+        failure = f"rank {dist.get_rank()} on {socket.gethostname()}: {error}"
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, failure))
+    failures = [failure for _, failure in outcomes if failure]
+    if failures:
+        raise OctoError(f"{what}: {'; '.join(failures)}", fix=fix)
+    return [result for result, _ in outcomes]
+
+
+def on_source[T](what: str, work: Callable[[], T], *, fix: str) -> T:
+    """What `work` returns on rank 0, on every rank. All ranks call it.
+
+    Raises:
+        OctoError: `what`, on all ranks alike, because `work` failed.
+    """
+    import torch.distributed as dist
+
+    return cast("T", together(what, work if dist.get_rank() == 0 else lambda: None, fix=fix)[0])

@@ -9,11 +9,12 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo import lineage, rundir
@@ -32,16 +33,18 @@ from megatron_octo.platform import resolve
 from megatron_octo.platform.process_group import model_parallel, world
 from megatron_octo.train import checkpoint
 from megatron_octo.train.again import RunAgain
-from megatron_octo.train.distributed import Place, build_chunks, from_source, place, wrap_chunks
+from megatron_octo.train.distributed import Place, build_chunks, place, wrap_chunks
 from megatron_octo.train.marks import Marks, marks
 from megatron_octo.train.metrics import Metrics
 from megatron_octo.train.observer import Observer
 from megatron_octo.train.optimizer import build_optimizer, set_numbers, set_rates
-from megatron_octo.train.start import check_budget, data_phases, shared_data, start_folder
-from megatron_octo.train.state import TrainState, latest_save, read_state
+from megatron_octo.train.saver import Saver, newest_good, require_good
+from megatron_octo.train.start import check_budget, data_phases, newest_readable, shared_data, start_folder
+from megatron_octo.train.state import TrainState, read_state
 from megatron_octo.train.step import train_step
 from megatron_octo.train.straggler import Straggler
 from megatron_octo.train.validate import Validation, held_out_loaders
+from megatron_octo.train.votes import stop_signals
 from megatron_octo.train.watchdog import watchdog
 
 if TYPE_CHECKING:
@@ -86,14 +89,15 @@ class Inputs:
 
 
 def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
-    """Train the stage to its end, from its last save if it has one. All ranks call it.
+    """Train the stage to its end, from its last good save if it has one. All ranks call it.
 
-    Returns at once if the run is done. Afterwards the run folder holds metrics.jsonl, saves and DONE.
+    Returns at once if the run is done. Afterwards the run folder holds metrics.jsonl, saves and DONE; but no DONE if
+    the run was asked to stop (`train/votes.py`): then a last save, to go on from.
     With `reweigh`, data.sources may differ from the run folder's: from its last save on the stage reads the new ones.
 
     Raises:
         BadInput: see `check`; or the run folder is in use. Nothing was changed.
-        OctoError: a step looks wrong and `config.watch` says to stop.
+        OctoError: a step looks wrong and `config.watch` says to stop, or a save cannot be written.
     """
     log, run, me = logger(__name__), rundir.run_folder(config.name), world()
     if finished(config, reweigh=reweigh):
@@ -108,9 +112,10 @@ def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
         if me.rank == 0:
             stack.enter_context(rundir.lock(run))
         stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed))
+        signals = stack.enter_context(stop_signals())  # until here they end a rank that waits for another one
         log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
         alive = stack.enter_context(watchdog(run, config.watch.hang_timeout_s))
-        _train(config, inputs, platform, run, alive=alive, beside=beside)
+        _train(config, inputs, platform, run, signals=signals, alive=alive, beside=beside)
 
 
 def finished(config: MidTrainConfig, *, reweigh: bool = False) -> bool:
@@ -143,11 +148,12 @@ def check(config: MidTrainConfig, world_size: int, *, reweigh: bool = False) -> 
             fix="pip install 'megatron_octo[wandb]', or leave wandb_project out",
         )
     held_out = read_held_out(config.data, mixture) if config.validate.every_steps else {}
-    resumed = latest_save(rundir.run_folder(config.name))
+    run = rundir.run_folder(config.name)
+    resumed = newest_readable(run)
     check_budget(config, mixture, data_phases(config, resumed, None)[-1])
     if resumed is not None:  # the start is behind it: its folder may be gone
         check_unchanged(mixture, read_state(resumed).data, resumed)
-        folder, parent = None, lineage.read(resumed).parent
+        folder, parent = None, lineage.read(run).parent
     else:
         folder = start_folder(config, mixture)
         parent = lineage.read_if_present(folder) if folder else None
@@ -177,14 +183,18 @@ def _train(
     platform: Platform,
     run: Path,
     *,
+    signals: Sequence[Signals],
     alive: Callable[[], None],
     beside: Marks | None,
 ) -> None:
-    """The stage, inside its process group. `alive` is called when something has ended; rank 0 has `beside`."""
+    """The stage, inside its process group.
+
+    `signals` are those that asked this rank to stop; `alive` is called when something has ended; rank 0 has `beside`.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     plan, here = inputs.plan, place()
-    save: Path | None = from_source(latest_save(run))
+    save = newest_good(run)
     cut = not config.data.across_documents  # then every stage finds the documents' borders in the tokens
     if here.is_source:
         _write_records(config, inputs, platform, run)
@@ -206,7 +216,7 @@ def _train(
     ledger = open_ledger(config, inputs.mixture, phases, dataset) if here.is_source and dataset is not None else None
 
     # model and optimizer
-    chunks = build_chunks(config, platform)
+    chunks = build_chunks(config, platform, num_ids=inputs.mixture.vocab_size)
     wrapped = wrap_chunks(chunks, config)
     optimizer = build_optimizer(wrapped, config)
     state = _fill(config, inputs, save, chunks, optimizer, layout=_layout(config, here, platform))
@@ -222,15 +232,27 @@ def _train(
         alive=alive,
     )
     observer.saved()
+    saver = Saver(
+        run, config, chunks=chunks, wrapped=wrapped, optimizer=optimizer, parent=inputs.parent, observer=observer
+    )
     for chunk in wrapped:
         chunk.train()
-    while state.step < plan.num_steps:
+    stopped = False
+    while state.step < plan.num_steps and not stopped:
         observer.step_begins()
         rate = rate_at(config.learning_rate, state.tokens, config.budget.train_tokens)
         weight_decay = weight_decay_at(config.optimizer, state.tokens, config.budget.train_tokens)
         set_rates(optimizer, rate=rate, weight_decay=weight_decay)
-        result = train_step(wrapped, optimizer, loader, state=state, config=config, schedule=schedule, again=again)
+        votes = saver.votes(stop=bool(signals))
+        try:
+            result = train_step(
+                wrapped, optimizer, loader, state=state, config=config, schedule=schedule, again=again, votes=votes
+            )
+        except OctoError:  # of all ranks alike
+            saver.wait()
+            raise
         if result.rolls_back:
+            saver.wait()
             state = _roll_back(config, inputs, run, chunks, optimizer, state=state, why=result.note)
             observer.rolled_back(state.step)
             continue
@@ -243,38 +265,30 @@ def _train(
         )
         numbers = ledger.numbers(state.consumed_sequences) if ledger else {}
         observer.step_ended(state.step, result, rate, {"optim/weight_decay": weight_decay, **numbers})
-        if (
-            state.step % config.save.every_steps == 0
-            or state.step == plan.num_steps
-            or config.marks.reached(state.tokens - plan.batch_tokens, state.tokens)
-        ):
-            state = replace(state, time_s=observer.save_begins())
-            checkpoint.save(
-                run,
-                state,
-                config=config,
-                chunks=chunks,
-                wrapped=wrapped,
-                optimizer=optimizer,
-                ledger=to_dict(ledger.record(state.consumed_sequences)) if ledger else {},
-                parent=inputs.parent,
-                in_use=observer.saves_in_use(),
-            )
-            observer.saved()
+        state = saver.step_ended(state, result.votes, ledger)
+        stopped = result.votes.stop > 0
+    saver.wait()
 
     observer.finished()
     if here.is_source:
-        lineage.write(run, lineage.read(rundir.step_folder(run, state.step)))
-        rundir.mark_done(run)
-        logger(__name__).info(
-            "%s: %s tokens in %s; saves in %s", config.name, f"{state.tokens:,}", duration(state.time_s), run
-        )
+        _close(config, run, state)
+
+
+def _close(config: MidTrainConfig, run: Path, state: TrainState) -> None:
+    """Say how the stage ended; mark it DONE if that is its end. Rank 0 only."""
+    log = logger(__name__)
+    if state.step < config.num_steps:
+        log.info("%s stopped after step %s, saved; run it again to go on", run, f"{state.step:,}")
+        return
+    lineage.write(run, lineage.read(rundir.step_folder(run, state.step)))
+    rundir.mark_done(run)
+    log.info("%s: %s tokens in %s; saves in %s", config.name, f"{state.tokens:,}", duration(state.time_s), run)
 
 
 def _fill(
     config: MidTrainConfig, inputs: Inputs, save: Path | None, chunks: list[Any], optimizer: Any, *, layout: str
 ) -> TrainState:
-    """Give model and optimizer their values: this run's save, if it has one, else the start's. All ranks call it."""
+    """Give model and optimizer their values: this run's good save, else the start's. All ranks call it."""
     log = logger(__name__)
     if save is not None:
         state = read_state(save)
@@ -288,6 +302,7 @@ def _fill(
             load_weights(chunks, inputs.start_folder)
         elif isinstance(start, FromRun):
             assert inputs.start_folder is not None
+            require_good(inputs.start_folder)
             log.info("%s", shared_data(start, inputs.mixture, inputs.start_folder))
             checkpoint.load(
                 inputs.start_folder,
@@ -319,7 +334,7 @@ def _roll_back(
         OctoError: there is no save yet.
     """
     step = state.step + 1
-    save: Path | None = from_source(latest_save(run))
+    save = newest_good(run)
     if save is None:
         raise OctoError(
             f"step {step:,}: {why}; there is no save yet to go back to",

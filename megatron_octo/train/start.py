@@ -5,6 +5,7 @@ Everything is checked before torch loads, and only read: a branch never writes t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from megatron_octo.config.base import read_settings
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig
 from megatron_octo.data import mix
 from megatron_octo.data.mixture import Mixture, check_unchanged
-from megatron_octo.errors import BadInput
+from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.model.weights import check_shape
 from megatron_octo.train.state import read_state, saved_steps
 
@@ -35,6 +36,22 @@ def start_folder(config: MidTrainConfig, mixture: Mixture) -> Path | None:
         return None
     check_shape(config.model, folder)
     return folder
+
+
+def newest_readable(run: Path) -> Path | None:
+    """The newest save of a run whose records can be read, None if there is none.
+
+    Enough to check the settings by; whether a save is good to go on from, its checksums say (`train/saver.py`).
+    """
+    for step in reversed(saved_steps(run)):
+        save = rundir.step_folder(run, step)
+        with contextlib.suppress(
+            OctoError, TypeError, ValueError, LookupError
+        ):  # whatever a changed byte makes of JSON
+            read_state(save)
+            read_ledger(save)
+            return save
+    return None
 
 
 def data_phases(config: MidTrainConfig, save: Path | None, start: Path | None) -> tuple[Phase, ...]:

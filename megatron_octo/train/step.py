@@ -16,6 +16,7 @@ from megatron_octo.budget.watch import Finding, WatchState, gravity, is_left_out
 from megatron_octo.errors import OctoError
 from megatron_octo.train.distributed import bare, mean_loss
 from megatron_octo.train.optimizer import gradient_norm, update
+from megatron_octo.train.votes import NO_VOTES, Votes
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,8 @@ class StepResult:
     """Wall time."""
     watch: WatchState
     """The watch's state after it."""
+    votes: Votes = NO_VOTES
+    """Of all ranks; none where nothing was computed."""
     finding: Finding | None = None
     """What is wrong with it."""
     note: str = ""
@@ -66,8 +69,9 @@ def train_step(
     config: MidTrainConfig,
     schedule: Callable[..., list[Any]],
     again: RunAgain,
+    votes: Votes,
 ) -> StepResult:
-    """Train on the batch after `state`, unless it is left out. All ranks call it.
+    """Train on the batch after `state`, unless it is left out. All ranks call it, each with its own `votes`.
 
     Where `config.watch` acts on the numbers, the weights stay as they are.
 
@@ -78,11 +82,15 @@ def train_step(
     if is_left_out(state.watch, step):
         return StepResult(loss=math.nan, grad_norm=math.nan, seconds=0.0, watch=state.watch, finding=LEFT_OUT)
 
+    heard = votes
+
     def compute() -> tuple[float, float]:
+        nonlocal heard
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        return forward_backward(wrapped, loader, state.consumed_sequences, config, schedule), gradient_norm(optimizer)
+        loss, heard = forward_backward(wrapped, loader, state.consumed_sequences, config, schedule, votes=votes)
+        return loss, gradient_norm(optimizer)
 
     judged = again.compute(compute, lambda numbers: judge(config.watch, state.watch, *numbers))
     loss, grad_norm = judged.numbers
@@ -100,6 +108,7 @@ def train_step(
         grad_norm=grad_norm,
         seconds=time.monotonic() - started,
         watch=remember(config.watch, state.watch, step, loss, grad_norm, skipped=skipped),
+        votes=heard,
         finding=judged.finding,
         note=judged.note,
     )
@@ -113,8 +122,12 @@ def forward_backward(
     schedule: Callable[..., list[Any]],
     *,
     forward_only: bool = False,
-) -> float:
-    """Run the micro-batches of the step after `consumed_sequences`; returns their mean loss. All ranks call it."""
+    votes: Votes = NO_VOTES,
+) -> tuple[float, Votes]:
+    """Run the micro-batches of the step after `consumed_sequences`: (their mean loss, the votes of all ranks).
+
+    All ranks call it, each with its own `votes`.
+    """
     batches = [loader.step(consumed_sequences) for _ in wrapped]
     cut, rows = not config.data.across_documents, config.budget.micro_batch_sequences
     parts = schedule(
@@ -126,7 +139,7 @@ def forward_backward(
         micro_batch_size=1 if cut else rows,
         forward_only=forward_only,
     )
-    return mean_loss(parts, loader.device)
+    return mean_loss(parts, loader.device, votes)
 
 
 def forward_step(

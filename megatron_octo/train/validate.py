@@ -88,7 +88,7 @@ class Validation:
             chunk.eval()
         with torch.no_grad():
             losses = {
-                name: forward_backward(self.wrapped, loader, 0, self.config, self.schedule, forward_only=True)
+                name: forward_backward(self.wrapped, loader, 0, self.config, self.schedule, forward_only=True)[0]
                 for name, loader in self.loaders.items()
             }
         for chunk in self.wrapped:

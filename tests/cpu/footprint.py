@@ -90,7 +90,7 @@ def measure(config: MidTrainConfig, platform: Any) -> dict[str, Any]:
     from megatron_octo.train.distributed import build_chunks, wrap_chunks
     from megatron_octo.train.optimizer import build_optimizer
 
-    chunks = build_chunks(config, platform)
+    chunks = build_chunks(config, platform, num_ids=config.model.vocab_size)
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     row = {
         "stage": groups.get_pipeline_model_parallel_rank(),

@@ -144,7 +144,7 @@ def compute(folder: Path) -> dict[str, Any]:
 
     config, platform = cut(folder, "x"), resolve()
     with model_parallel(platform, ParallelConfig()):
-        model = build_chunks(config, platform)[0]
+        model = build_chunks(config, platform, num_ids=config.model.vocab_size)[0]
         load_weights([model], rundir.step_folder(rundir.run_folder("base"), 1))
         rows = sequences(across(folder, "x"), folder / "index")[:BATCH]
         few = sequences(sparse(folder, "x"), folder / "index-sparse")

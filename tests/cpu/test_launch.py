@@ -1,4 +1,4 @@
-"""`octo train --ranks 2`: ranks end with their launcher, and a killed stage goes on from its last save."""
+"""`octo train --ranks 2`: ranks end with their launcher, and save when it is asked to end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from megatron_octo import rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.train.state import saved_steps
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, snapshot
 from tests.prepared import stage, write_data
 
 WAIT_S = 240
@@ -92,3 +92,34 @@ def test_an_interrupt_ends_all_ranks(recipe):
         assert process.wait(WAIT_S) == 130
     assert not rundir.in_use(run)
     assert "interrupted; run it again to continue" in (recipe.parent / "stderr").read_text()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_launch_that_is_asked_to_end_saves_and_ends_well(recipe, signum):
+    run = rundir.run_folder("run")
+    with started(recipe, "--ranks", "2") as process:
+        wait_for(lambda: bool(saved_steps(run)), recipe)
+        process.send_signal(signum)
+        assert process.wait(WAIT_S) == 0
+    log = (recipe.parent / "stderr").read_text()
+    assert f"stopped after step {saved_steps(run)[-1]:,}, saved" in log
+    assert "Traceback" not in log
+    assert not rundir.in_use(run)
+    assert not rundir.is_done(run)
+
+
+def test_torchrun_is_refused_a_run_that_another_process_owns(recipe):
+    run = rundir.run_folder("run")
+    with rundir.lock(run):
+        before, torchrun = snapshot(run), [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        done = subprocess.run(
+            [*torchrun, "--nproc-per-node=2", "-m", "megatron_octo", "train", str(recipe)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+        assert snapshot(run) == before
+    assert done.returncode != 0
+    assert f"{run} is owned by process {os.getpid()}" in done.stderr

@@ -107,3 +107,18 @@ def test_a_stage_folder_of_another_run_is_refused_before_any_stage_runs(config, 
         pipeline.run_pipeline(config)
     assert not started
     assert snapshot(runs) == before
+
+
+def test_a_stage_that_was_asked_to_stop_stops_the_row(config, started, monkeypatch):
+    run = pipeline.run_and_watch
+
+    def stopped(argv, note):
+        if argv[-3].endswith("miniature-stable.json"):
+            started.append("train miniature-stable")
+            return 0  # with a save, without DONE
+        return run(argv, note)
+
+    monkeypatch.setattr(pipeline, "run_and_watch", stopped)
+    with pytest.raises(OctoError, match="'train miniature-stable' was asked to stop"):
+        pipeline.run_pipeline(config)
+    assert started[-1] == "train miniature-stable"

@@ -12,8 +12,8 @@ import psutil
 CHILD = "import sys, time; sys.stdout.write('up\\n'); sys.stdout.flush(); time.sleep(60)"
 PARENT = f"""
 import sys
-from megatron_octo.platform.process import run
-run([sys.executable, "-c", {CHILD!r}])
+from megatron_octo.platform.process import run_launcher
+run_launcher([sys.executable, "-c", {CHILD!r}])
 """
 
 
@@ -31,9 +31,9 @@ def test_a_child_ends_when_its_parent_is_killed():
 
 
 def test_the_exit_code_is_the_childs():
-    from megatron_octo.platform.process import run
+    from megatron_octo.platform.process import run_launcher
 
-    assert run([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+    assert run_launcher([sys.executable, "-c", "raise SystemExit(7)"]) == 7
 
 
 def test_memory_of_a_whole_family_is_watched():

@@ -65,6 +65,19 @@ def test_an_atomic_write_leaves_no_temporary_file(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
 
 
+def test_a_failed_atomic_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError("full")
+
+    path = tmp_path / "a.json"
+    rundir.write_json(path, {"x": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        rundir.write_json(path, {"x": 2})
+    assert rundir.read_json(path) == {"x": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_lock_refuses_another_process_and_names_the_owner(tmp_path):
     code = (
         f"from megatron_octo import rundir\nfrom pathlib import Path\nwith rundir.lock(Path({str(tmp_path)!r})): pass"

@@ -112,7 +112,7 @@ def test_moments_of_another_kind_of_optimizer(config):
 
 def test_a_run_does_not_go_on_over_data_that_were_prepared_anew(config, tmp_path):
     save = _save("run", 5, config)
-    lineage.write(save, lineage.Lineage(name="run", kind="train", weights_sha256="2"))
+    lineage.write(rundir.run_folder("run"), lineage.Lineage(name="run", kind="train", weights_sha256="2"))
     TrainState(step=5, data=check(config, 1).mixture.identities).write(save)
     check(config, 1)
     shutil.rmtree(tmp_path / "data" / "b")
@@ -187,9 +187,11 @@ def test_a_torn_save_is_never_selected(config):
 
 
 def test_a_run_that_resumes_needs_its_parent_no_more(config):
-    save = _save("run", 5, config)
+    _save("run", 5, config)
     parent = lineage.Lineage(name="stable", kind="train", weights_sha256="1")
-    lineage.write(save, lineage.Lineage(name="run", kind="train", weights_sha256="2", parent=parent))
+    lineage.write(
+        rundir.run_folder("run"), lineage.Lineage(name="run", kind="train", weights_sha256="2", parent=parent)
+    )
     inputs = check(replace(config, start=FromRun(run="stable")), 1)
     assert inputs.start_folder is None
     assert inputs.parent == parent
@@ -229,8 +231,8 @@ def test_epochs_of_a_source_count_what_was_read_by_other_weights(config):
     rundir.write_json(rundir.run_folder("run") / "config.json", to_dict(config))
     tokens, size = check(config, 1).mixture.tokens[1], config.batch_tokens
     line = SourceTokens(name="b", available=tokens, planned=0, consumed=2 * tokens, planned_epochs=0.0, epochs=2.0)
-    save = _save("run", 10, config, sources=(line,))
-    lineage.write(save, lineage.Lineage(name="run", kind="train", weights_sha256="2"))
+    _save("run", 10, config, sources=(line,))
+    lineage.write(rundir.run_folder("run"), lineage.Lineage(name="run", kind="train", weights_sha256="2"))
     other = _weighed(config, 0.5)
     a, b = other.data.sources
     capped = replace(other, data=replace(other.data, sources=(a, replace(b, max_epochs=2.1))))
@@ -243,8 +245,8 @@ def test_epochs_of_a_source_count_what_was_read_by_other_weights(config):
 
 def test_a_run_that_has_read_its_budget_cannot_be_weighed_anew(config):
     rundir.write_json(rundir.run_folder("run") / "config.json", to_dict(config))
-    save = _save("run", 20, config)
-    lineage.write(save, lineage.Lineage(name="run", kind="train", weights_sha256="2"))
+    _save("run", 20, config)
+    lineage.write(rundir.run_folder("run"), lineage.Lineage(name="run", kind="train", weights_sha256="2"))
     check(config, 1)
     with pytest.raises(BadInput, match="none is left to weigh anew"):
         check(_weighed(config, 0.5), 1, reweigh=True)

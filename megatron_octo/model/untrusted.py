@@ -1,0 +1,132 @@
+"""Pickles inside a checkpoint, read without the power to run code.
+
+torch and megatron unpickle three things of a save: its index `.metadata`; the blobs of objects (random states, the
+optimizer's numbers), by torch.load; and a layer's own record, `_extra_state` (Transformer Engine's scales). Here the
+first and the last may name the few classes that describe numbers, and torch.load is kept to its `weights_only`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_octo.errors import BadInput
+
+INDEX = ".metadata"
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_PLANNER = "torch.distributed.checkpoint.planner"
+_RECIPE = "transformer_engine.common.recipe"
+Names = Collection[tuple[str, str]]
+IN_INDEX: Names = {
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    (_PLANNER, "BytesIOWriteData"),
+    (_PLANNER, "SavePlan"),
+    (_PLANNER, "TensorWriteData"),
+    (_PLANNER, "WriteItem"),
+    (_PLANNER, "WriteItemType"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+"""(module, name) that an index may refer to, besides torch's number formats: descriptions without side effects."""
+IN_RECORD: Names = {
+    (_RECIPE, "DelayedScaling"),
+    (_RECIPE, "Float8BlockScaling"),
+    (_RECIPE, "Float8CurrentScaling"),
+    (_RECIPE, "Format"),
+    (_RECIPE, "MMParams"),
+    (_RECIPE, "MXFP8BlockScaling"),
+    (_RECIPE, "NVFP4BlockScaling"),
+    (_RECIPE, "QParams"),
+    (_RECIPE, "_FormatHelper"),
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch.storage", "_load_from_bytes"),
+}
+"""(module, name) that a layer's record may refer to: a recipe's numbers, and tensors."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what a list allows and nothing else."""
+
+    def __init__(self, data: bytes, allowed: Names, where: str) -> None:
+        super().__init__(io.BytesIO(data))
+        self._allowed, self._where = allowed, where
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) not in self._allowed:
+            raise BadInput(
+                f"{self._where} refers to {module}.{name}, which describes no tensor: it was not loaded",
+                fix="do not load this checkpoint with other tools either, unless you know who wrote it",
+            )
+        if name == "_load_from_bytes":
+            return lambda data: torch.load(io.BytesIO(data), weights_only=True)
+        return super().find_class(module, name)
+
+
+def read_index(folder: Path) -> Any:
+    """The index of a torch_dist folder, torch's `Metadata`.
+
+    Raises:
+        BadInput: there is none; it is torn, or refers to what it must not.
+    """
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    path = folder / INDEX
+    if not path.is_file():
+        raise BadInput(f"{folder} is no megatron checkpoint: it has no {INDEX}", fix="give the folder of one save")
+    try:
+        index = _Unpickler(path.read_bytes(), IN_INDEX, "the index of this checkpoint").load()
+    except BadInput:
+        raise
+    except Exception as error:  # a torn pickle fails in any way
+        raise BadInput(f"{path} is torn: {error}", fix="take another save") from None
+    if not isinstance(index, Metadata):
+        raise BadInput(f"{path} is no index of tensors: {type(index).__name__}", fix="take another save")
+    return index
+
+
+def check_record(key: str, record: Any) -> None:
+    """Refuse a layer's own record, loaded under `key`, that runs code when Transformer Engine unpickles it.
+
+    Raises:
+        BadInput: it refers to what it must not.
+    """
+    import torch
+
+    if isinstance(record, torch.Tensor) and record.numel():
+        _Unpickler(record.cpu().numpy().tobytes(), IN_RECORD, f"the record {key}").load()
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Within the block every torch.load of this process, megatron's included, makes tensors and plain values only."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
