@@ -169,11 +169,11 @@ def with_fault(config: MidTrainConfig, fault: Fault) -> None:
         step.forward_backward = kept
 
 
-def faulty(compute: Callable[..., float], fault: Fault) -> Callable[..., float]:
+def faulty(compute: Callable[..., Any], fault: Fault) -> Callable[..., Any]:
     """`forward_backward` with the fault in it."""
     seen: set[int] = set()
 
-    def forward_backward(wrapped: Any, loader: Any, consumed: int, *rest: Any, **options: Any) -> float:
+    def forward_backward(wrapped: Any, loader: Any, consumed: int, *rest: Any, **options: Any) -> tuple[float, Any]:
         import torch
 
         step = consumed // BATCH + 1
@@ -181,11 +181,11 @@ def faulty(compute: Callable[..., float], fault: Fault) -> Callable[..., float]:
         seen.add(step)
         if strikes and os.environ["RANK"] == "1":
             time.sleep(fault.sleep_s)
-        loss = compute(wrapped, loader, consumed, *rest, **options)
+        loss, votes = compute(wrapped, loader, consumed, *rest, **options)
         if strikes and os.environ["RANK"] == "0":
             for buffer in wrapped[0].buffers:
                 buffer.grad_data.mul_(torch.tensor(fault.gradients))
-        return loss + fault.loss if strikes else loss
+        return (loss + fault.loss if strikes else loss), votes
 
     return forward_backward
 
