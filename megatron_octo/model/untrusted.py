@@ -44,6 +44,8 @@ IN_INDEX: Names = {
     ("torch.serialization", "_get_layout"),
 }
 """(module, name) that an index may refer to, besides torch's number formats: descriptions without side effects."""
+TENSOR_LOADERS: Names = {("megatron.core.safe_globals", "safe_load_from_bytes"), ("torch.storage", "_load_from_bytes")}
+"""What a pickled tensor refers to: torch's function, or the one that megatron puts in its place once it is imported."""
 IN_RECORD: Names = {
     (_RECIPE, "DelayedScaling"),
     (_RECIPE, "Float8BlockScaling"),
@@ -55,8 +57,9 @@ IN_RECORD: Names = {
     (_RECIPE, "QParams"),
     (_RECIPE, "_FormatHelper"),
     ("collections", "OrderedDict"),
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
     ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch.storage", "_load_from_bytes"),
+    *TENSOR_LOADERS,
 }
 """(module, name) that a layer's record may refer to: a recipe's numbers, and tensors."""
 
@@ -78,7 +81,7 @@ class _Unpickler(pickle.Unpickler):
                 f"{self._where} refers to {module}.{name}, which describes no tensor: it was not loaded",
                 fix="do not load this checkpoint with other tools either, unless you know who wrote it",
             )
-        if name == "_load_from_bytes":
+        if (module, name) in TENSOR_LOADERS:
             return lambda data: torch.load(io.BytesIO(data), weights_only=True)
         return super().find_class(module, name)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_octo.errors import BadInput
-from megatron_octo.model.untrusted import IN_RECORD, check_record, weights_only
+from megatron_octo.model.untrusted import IN_RECORD, TENSOR_LOADERS, check_record, weights_only
 from megatron_octo.model.weights import put_weights
 
 RECIPES = "transformer_engine.common.recipe"
@@ -58,7 +58,20 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     return DelayedScaling()
 
 
-def test_a_record_of_scales_and_their_recipe_passes(recipe):
+@pytest.fixture(params=sorted(TENSOR_LOADERS), ids=lambda pair: pair[0])
+def loader(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function under the name that pickled tensors refer to, which runs what it is given."""
+
+    def load(data: bytes) -> Any:
+        return torch.load(io.BytesIO(data), weights_only=False)
+
+    load.__module__, load.__qualname__ = request.param
+    monkeypatch.setattr(".".join(request.param), load)
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", load)
+    return load
+
+
+def test_a_record_of_scales_and_their_recipe_passes(loader, recipe):
     scales = {"recipe": recipe, "scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1, "a": (1, [2.0])}}
     check_record("key", record(scales))
     check_record("key", torch.empty(0, dtype=torch.uint8))  # no FP8
@@ -72,13 +85,13 @@ def test_code_in_a_record_is_refused_and_does_not_run(tmp_path):
     assert not mark.exists()
 
 
-def test_code_inside_of_a_records_tensor_is_refused_and_does_not_run(tmp_path):
+def test_code_inside_of_a_records_tensor_is_refused_and_does_not_run(tmp_path, loader):
     mark, blob = tmp_path / "ran", io.BytesIO()
     torch.save(Payload(mark), blob)
 
     class Storage:
         def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-            return torch.storage._load_from_bytes, (blob.getvalue(),)
+            return loader, (blob.getvalue(),)
 
     with pytest.raises(pickle.UnpicklingError):
         check_record("key", record(Storage()))
@@ -90,8 +103,10 @@ def test_code_inside_of_a_records_tensor_is_refused_and_does_not_run(tmp_path):
 def test_a_list_names_no_function_that_does_more_than_make_numbers():
     assert {name for module, name in IN_RECORD if module != RECIPES} == {
         "OrderedDict",
+        "TEDelayedScaling",
         "_rebuild_tensor_v2",
         "_load_from_bytes",
+        "safe_load_from_bytes",
     }
 
 
