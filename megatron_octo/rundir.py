@@ -241,11 +241,12 @@ def is_written(folder: Path, config: dict[str, Any]) -> bool:
     return False
 
 
-def claim(folder: Path, config: dict[str, Any]) -> None:
-    """`check_config`, then write `folder/config.json` if it is not there. Hold `lock(folder)` meanwhile."""
-    check_config(folder, config)
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", config)
+def claim(folder: Path, config: dict[str, Any], *, may_differ: tuple[str, ...] = ()) -> None:
+    """`check_config`, then write `folder/config.json` unless it says so already. Hold `lock(folder)` meanwhile."""
+    check_config(folder, config, may_differ=may_differ)
+    path = folder / "config.json"
+    if not path.exists() or any(differences(read_json(path), config)):
+        write_json(path, config)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

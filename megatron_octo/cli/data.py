@@ -90,9 +90,7 @@ def _prepare(argv: Sequence[str]) -> None:
     configs = _sources(settings, own)
     todo = [config for config in configs if not is_prepared(config)]
     if own.dry_run:
-        _show_plan(
-            [_plan(c.output, done=c not in todo, inputs=[p for p in (c.input, c.tokenizer) if p]) for c in configs], own
-        )
+        _show_plan([_source_plan(config, done=config not in todo) for config in configs], own)
         return
     for config in todo:
         check(config)  # all of them before the first is written
@@ -254,6 +252,23 @@ def _plan(output: Path, *, done: bool, inputs: Sequence[Path]) -> dict[str, Any]
     return {"output": str(output), "done": done, "missing_inputs": missing}
 
 
+def _source_plan(config: PrepareConfig, *, done: bool) -> dict[str, Any]:
+    """What preparing a source takes, and of a corpus what its manifest states; nothing is asked of the Hub."""
+    plan = _plan(config.output, done=done, inputs=[path for path in (config.input, config.tokenizer) if path])
+    about: list[str] = []
+    if config.hub:
+        gated = ", gated (needs HF_TOKEN)" if config.hub.gated else ""
+        about.append(f"{config.hub.repository} at {config.hub.revision}{gated}")
+    if config.facts:
+        about.append(f"licence {config.facts.licence}")
+        if config.facts.download_bytes is not None:
+            about.append(f"{config.facts.download_bytes / 1e9:,.1f} GB to download")
+        if config.facts.expected_tokens is not None:
+            about.append(f"about {config.facts.expected_tokens:,} tokens")
+        about += [f"unconfirmed: {each}" for each in config.facts.unconfirmed]
+    return {**plan, "about": about} if about else plan
+
+
 def _show_plan(plans: Sequence[dict[str, Any]], own: argparse.Namespace) -> None:
     if own.json:
         console.emit_json(plans)
@@ -261,6 +276,8 @@ def _show_plan(plans: Sequence[dict[str, Any]], own: argparse.Namespace) -> None
     for plan in plans:
         missing = f"; not there yet: {', '.join(plan['missing_inputs'])}" if plan["missing_inputs"] else ""
         console.emit(f"{'done, skipped' if plan['done'] else 'would write'}: {plan['output']}{missing}")
+        for line in plan.get("about", ()):
+            console.emit(f"  {line}")
 
 
 def _rows(value: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:

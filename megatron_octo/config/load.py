@@ -182,7 +182,7 @@ def _pick[S: Settings](
         raise BadInput(what, fix=f"choose among: {listing}")
     raise BadInput(
         f"unknown recipe {spec!r}",
-        fix=f"{f'did you mean {near[0]!r}? ' if near else ''}functions that return {wanted}: {listing}",
+        fix=f"{f'did you mean {near[0]!r}? ' if near else ''}functions annotated -> {wanted}: {listing}",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_octo import console
 from megatron_octo.config.base import to_dict
 from megatron_octo.data.manifest import Manifest, ShardRecord, read_manifest, write_manifest
-from megatron_octo.data.prepare import VALIDATION
+from megatron_octo.data.prepare import REJECTED, VALIDATION
 from megatron_octo.data.shards import SHARD_FILES
 from megatron_octo.errors import BadInput
 from megatron_octo.rundir import differences, new_folder
@@ -60,6 +60,7 @@ def merge(output: Path, folders: Sequence[Path], *, name: str) -> Manifest:
                 for shard in records:
                     into.append(_take(folder, shard, out, f"{prefix}{len(into):05d}"))
                     show(1, into[-1].prefix)
+        _join_rejected(out, folders)
         merged = _merged(name, manifests, shards, validation)
         write_manifest(out, merged)
     return merged
@@ -74,6 +75,15 @@ def _take(folder: Path, shard: ShardRecord, out: Path, prefix: str) -> ShardReco
             except OSError:  # another file system, or one without links
                 shutil.copyfile(source, target)
     return replace(shard, prefix=prefix)
+
+
+def _join_rejected(out: Path, folders: Sequence[Path]) -> None:
+    paths = [folder / REJECTED for folder in folders if (folder / REJECTED).is_file()]
+    if paths:
+        with (out / REJECTED).open("wb") as into:
+            for path in paths:
+                with path.open("rb") as file:
+                    shutil.copyfileobj(file, into)
 
 
 def _merged(

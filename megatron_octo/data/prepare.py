@@ -55,6 +55,7 @@ VALIDATION = "validation_"
 SAMPLE_DOCUMENTS = 200
 SAMPLE_CHARACTERS = 1 << 20  # a tokenizer's own library may take more than a hundred times a text's length in memory
 JUDGED_RECORDS = 1000  # before that many, a share of bad ones says little
+WHAT_STOPS = ("on_bad_record", "most_bad_share")  # a source that stopped at a bad record may go on with others of these
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 log = console.logger(__name__)
@@ -110,7 +111,7 @@ def prepare(config: PrepareConfig, *, num_workers: int | None = None, keep_empty
     new = not config.output.exists()
     try:
         with lock(config.output):
-            claim(config.output, to_dict(config))
+            claim(config.output, to_dict(config), may_differ=WHAT_STOPS)
             _say_tokens(config, tokenizer)
             manifest = _write(config, tokenizer, inputs, num_workers or default_workers(), keep_empty=keep_empty)
             _finish(config, manifest)
@@ -134,8 +135,14 @@ def check_output(config: PrepareConfig) -> bool:
     """
     folder = config.output
     check_free(folder)
-    check_config(folder, to_dict(config), fix="choose another output folder, or delete this one")
-    if is_done(folder):
+    done = is_done(folder)
+    check_config(
+        folder,
+        to_dict(config),
+        fix="choose another output folder, or delete this one",
+        may_differ=() if done else WHAT_STOPS,
+    )
+    if done:
         return True
     if (
         folder.exists()
@@ -297,19 +304,22 @@ def _resume(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs) -> Prog
     """Where to go on; what a killed attempt left unfinished is removed.
 
     Raises:
-        BadInput: the inputs or the tokenizer are not those of the earlier attempt.
+        BadInput: the tokenizer, or a file that finished shards took from, is not that of the earlier attempt; or that
+            one left records out and now none may be.
     """
-    folder, states = config.output, inputs.states
-    progress = Progress(tokenizer_sha256=tokenizer.sha256, files=states, hub=inputs.hub)
+    folder = config.output
+    progress = Progress(tokenizer_sha256=tokenizer.sha256, files=inputs.states, hub=inputs.hub)
     if (folder / PROGRESS).exists():
-        progress = read_settings(Progress, folder / PROGRESS)
-        changed = [str(a.path) for a, b in itertools.zip_longest(progress.files, states) if a != b and a is not None]
-        if progress.files != states or progress.tokenizer_sha256 != tokenizer.sha256:
+        progress = _on_these_files(config, read_settings(Progress, folder / PROGRESS), inputs)
+        if progress.tokenizer_sha256 != tokenizer.sha256:
             raise BadInput(
-                f"{', '.join(changed[:3]) or 'the inputs'} changed since {folder} was begun"
-                if progress.files != states
-                else f"the tokenizer {config.tokenizer} changed since {folder} was begun",
+                f"the tokenizer {config.tokenizer} changed since {folder} was begun",
                 fix=f"delete {folder} and begin again",
+            )
+        if progress.rejected and config.on_bad_record == "stop":
+            raise BadInput(
+                f"{folder} was begun with on_bad_record='skip' and left out {progress.rejected:,} records",
+                fix=f"go on with on_bad_record='skip', or delete {folder} and begin again",
             )
         log.info("prepare %s: goes on after %s finished shards", config.name, len(progress.shards))
     finished = {shard.prefix for shard in (*progress.shards, *progress.validation)}
@@ -319,6 +329,24 @@ def _resume(config: PrepareConfig, tokenizer: Tokenizer, inputs: Inputs) -> Prog
     if (folder / REJECTED).exists():
         os.truncate(folder / REJECTED, progress.rejected_bytes)
     return progress
+
+
+def _on_these_files(config: PrepareConfig, progress: Progress, inputs: Inputs) -> Progress:
+    """`progress` with the files as they are now: those that no finished shard took from may have been corrected.
+
+    Raises:
+        BadInput: another one changed.
+    """
+    taken = progress.file + (progress.start > 0)
+    before, now = progress.files[:taken], inputs.states[:taken]
+    if before != now:
+        changed = [str(a.path) for a, b in itertools.zip_longest(before, now) if a != b and a is not None]
+        raise BadInput(
+            f"{', '.join(changed[:3])} changed since {config.output} was begun",
+            fix=f"put it back as it was, or delete {config.output} and begin again",
+        )
+    hashed = tuple(each for each in progress.hashed if each.file in inputs.states)
+    return replace(progress, files=inputs.states, hub=inputs.hub, hashed=hashed)
 
 
 def _sample(config: PrepareConfig, path: Path) -> list[str]:
@@ -530,7 +558,7 @@ class _Shards:
         if self._rejected is None:
             raise BadInput(
                 f"source {self._config.name}: {path}, {kind} {bad.number:,}: {bad.reason}",
-                fix="correct the record; or leave such records out: on_bad_record='skip'",
+                fix="correct the record; or leave such records out: `octo data prepare` with on_bad_record='skip'",
             )
         count, where = self._bad.get(bad.reason, (0, f"{path}, {kind} {bad.number:,}"))
         self._bad[bad.reason] = (count + 1, where)

@@ -103,6 +103,15 @@ def test_a_dry_run_touches_nothing_and_says_what_would_be_written(data, runs, re
     assert not runs.exists()
 
 
+def test_a_dry_run_of_a_corpus_shows_its_licence_size_and_gate_and_asks_nobody(data, runs, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    code, out = data("prepare", str(REPOSITORY / "recipes/corpora.py:numina_math_1_5"), "--dry-run")
+    assert code == 0
+    assert "AI-MO/NuminaMath" in out
+    assert "licence Apache-2.0" in out
+    assert "GB to download" in out
+
+
 def test_a_dry_run_says_what_is_done(data, written, recipe):
     before = snapshot(written)
     for command in ("generate", "tokenizer", "prepare"):

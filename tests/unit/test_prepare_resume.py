@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -127,6 +128,55 @@ def test_a_stop_at_a_bad_record_keeps_the_finished_shards_and_a_mended_file_is_b
     own.write_text("\n".join([*lines[:20], *lines[21:-1]]) + "\n")
     with pytest.raises(BadInput, match=r"own\.jsonl changed since"):
         prepare(config)
+
+
+def test_after_a_stop_at_a_bad_record_a_rerun_that_skips_it_goes_on(config, tmp_path):
+    config = replace(config, shard_tokens=100, piece_bytes=500)
+    with pytest.raises(BadInput, match="on_bad_record='skip'"):
+        prepare(replace(config, on_bad_record="stop"), num_workers=2)
+    assert finished(config) > 0
+    with pytest.raises(BadInput, match=r"template: 'question_answer' in the folder"):
+        prepare(replace(config, template="chat"))
+    prepare(config, num_workers=2)
+    assert read_json(config.output / "config.json")["on_bad_record"] == "skip"
+    again = replace(config, output=tmp_path / "again")
+    prepare(again, num_workers=1)
+    assert content(config.output) == content(again.output)
+    with pytest.raises(BadInput, match=r"on_bad_record: 'skip' in the folder, 'stop' asked for"):
+        prepare(replace(config, on_bad_record="stop"))
+
+
+def test_records_that_were_left_out_are_not_forgotten_by_a_rerun_that_may_leave_out_none(config):
+    config = replace(config, shard_tokens=100, piece_bytes=500)
+    with pytest.raises(BadInput):
+        prepare(replace(config, on_bad_record="stop"), num_workers=1)
+    write_json(config.output / PROGRESS, {**read_json(config.output / PROGRESS), "rejected": 1})
+    with pytest.raises(BadInput, match="left out 1 records"):
+        prepare(replace(config, on_bad_record="stop"))
+
+
+def test_a_file_that_no_finished_shard_took_from_may_be_corrected(config, inputs, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    texts = {path.name: "".join(path.read_text().splitlines(keepends=True)[:20]) for path in inputs.iterdir()}
+    for name, text in texts.items():
+        (own / name).write_text("{torn\n" + text if name == "part2.jsonl" else text)
+    config = replace(config, input=own / "*.jsonl", on_bad_record="stop", validation_share=0.0, shard_tokens=200)
+    with pytest.raises(BadInput, match=r"part2\.jsonl, line 1: malformed JSON"):
+        prepare(config, num_workers=1)
+    assert finished(config) > 1
+    (own / "part2.jsonl").write_text(texts["part2.jsonl"])
+    (own / "part3.jsonl").write_text(texts["part0.jsonl"])
+    written = (own / "part0.jsonl").stat().st_mtime_ns
+    os.utime(own / "part0.jsonl", ns=(0, 0))
+    with pytest.raises(BadInput, match=r"part0\.jsonl changed since"):
+        prepare(config)
+    os.utime(own / "part0.jsonl", ns=(written, written))
+    prepare(config, num_workers=2)
+    again = replace(config, output=tmp_path / "again")
+    assert len(prepare(again, num_workers=1).sources) == FILES + 1
+    assert content(config.output) == content(again.output)
+    verify(config.output)
 
 
 def test_a_file_that_changes_while_it_is_read_is_found(config, inputs, tmp_path, monkeypatch):

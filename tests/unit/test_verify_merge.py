@@ -16,7 +16,7 @@ from megatron_octo.data.indexed import HEADER, read_documents
 from megatron_octo.data.manifest import read_manifest, write_manifest
 from megatron_octo.data.merge import merge
 from megatron_octo.data.mix import check_repeats, plan
-from megatron_octo.data.prepare import prepare
+from megatron_octo.data.prepare import REJECTED, prepare
 from megatron_octo.data.verify import verify
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.rundir import sha256
@@ -195,6 +195,21 @@ def test_a_merged_manifest_names_the_packages_of_all(config, tmp_path):
     write_manifest(other, replace(read_manifest(other), packages=("megatron_octo 0.0.9",)))
     merged = merge(tmp_path / "both", [config.output, other], name="both")
     assert set(merged.packages) == {"megatron_octo 0.0.9", *read_manifest(config.output).packages}
+
+
+def test_merged_data_sets_keep_the_records_that_were_left_out(config, tmp_path):
+    config = replace(config, on_bad_record="skip", most_bad_share=0.5)
+    folders = []
+    for name in ("x", "y"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text((tmp_path / "a.jsonl").read_text() + f'{{"question": "{name}"}}\n')
+        folders.append(tmp_path / name)
+        prepare(replace(config, input=path, output=folders[-1]), num_workers=1)
+    merged = merge(tmp_path / "both", folders, name="both")
+    lines = (tmp_path / "both" / REJECTED).read_text().splitlines()
+    assert [json.loads(line)["path"] for line in lines] == [str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl")]
+    assert merged.rejected == 2
+    assert verify(tmp_path / "both") == merged
 
 
 def mixture(**options) -> MixtureConfig:
