@@ -128,7 +128,7 @@ def stable(
             ),
             budget=budget(STABLE_STEPS),
             learning_rate=ConstantRate(peak=peak),
-            save=SaveConfig(every_steps=1000),
+            save=SaveConfig(every_steps=1000, keep_every_tokens=10_000_000_000),  # branches may start there
         )
     )
 
