@@ -117,9 +117,9 @@ def _launch(config: MidTrainConfig, num_ranks: int, argv: Sequence[str], *, rewe
         return
     rundir.check_free(run)
     check(config, num_ranks, reweigh=reweigh)
-    if config.parallel.context > 1:  # only then is torch worth its seconds here
+    if config.asks_of_the_machine:  # only then is torch worth its seconds here
         from megatron_octo.model.build import check_platform
         from megatron_octo.platform import resolve
 
-        check_platform(config.parallel, resolve())
+        check_platform(config, resolve())
     run_ranks(["train", *argv], num_ranks)

@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_octo.config.base import Settings, require, require_name, require_positive
 from megatron_octo.config.data import MixtureConfig
 from megatron_octo.config.evaluate import EvaluateConfig
+from megatron_octo.config.fits import check_fit
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.schedule import RateConfig
 
@@ -160,14 +161,30 @@ class PrecisionConfig(Settings):
     fp8_fallback: bool = False
     """Where the machine lacks what `fp8` needs: train in bf16 and say so, rather than refuse."""
 
+    def __post_init__(self) -> None:
+        require(
+            self.fp8 == "off" or self.dtype == "bf16",
+            f"precision.fp8 {self.fp8} with precision.dtype {self.dtype}",
+            fix="set precision.dtype to bf16: FP8 takes its operands from bf16",
+        )
+        require(
+            self.fp8 != "off" or not self.fp8_weights,
+            "precision.fp8_weights with precision.fp8 off",
+            fix="choose a recipe (precision.fp8), or turn precision.fp8_weights off",
+        )
+        for name in ("bf16_first_layers", "bf16_last_layers"):
+            require(
+                getattr(self, name) >= 0, f"precision.{name} {getattr(self, name)} is below 0", fix="give 0 or more"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeConfig(Settings):
     """What is computed twice to save memory, or recorded once to save time; the result is the same."""
 
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations to compute again in the backward pass: none; those of attention, norms and SwiGLU, which are cheap;
-    or all of a layer."""
+    """Activations to compute again in the backward pass: none; SwiGLU's, which is cheap and wide (attention keeps no
+    scores to begin with); or all of a layer."""
     cuda_graphs: bool = False
     """Record each layer's kernels once and replay them; needs a GPU and Transformer Engine."""
 
@@ -368,6 +385,7 @@ class MidTrainConfig(Settings):
             fix="set parallel.context to 1, or leave data.across_documents on",
         )
         _check_layout(self.model, self.parallel)
+        check_fit(self)
 
     @property
     def batch_tokens(self) -> int:
@@ -378,6 +396,13 @@ class MidTrainConfig(Settings):
     def num_steps(self) -> int:
         """Optimizer steps of this stage."""
         return self.budget.train_tokens // self.batch_tokens
+
+    @property
+    def asks_of_the_machine(self) -> bool:
+        """Whether some setting works on some machines only; `model/build.py:check_platform` knows which."""
+        return (
+            self.parallel.context > 1 or self.parallel.fsdp or self.compute.cuda_graphs or self.precision.fp8 != "off"
+        )
 
     def resolve(self, world_size: int) -> TrainPlan:
         """Check what depends on the number of ranks and do the arithmetic.

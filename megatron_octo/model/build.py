@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from megatron_octo.config.train import ComputeConfig
 from megatron_octo.errors import BadInput
 from megatron_octo.model.layers import layer_spec
+from megatron_octo.platform import fp8
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
     from megatron_octo.config.model import ModelConfig
-    from megatron_octo.config.train import ParallelConfig, PrecisionConfig
+    from megatron_octo.config.train import MidTrainConfig, ParallelConfig, PrecisionConfig
     from megatron_octo.platform import Platform
+
+PLAIN = ComputeConfig()
+AMAX_HISTORY = 1024  # forward passes that delayed scaling looks back on: Transformer Engine's default, not megatron's 1
 
 
 def build_model(
@@ -22,6 +28,7 @@ def build_model(
     platform: Platform,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
+    compute: ComputeConfig = PLAIN,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -36,22 +43,23 @@ def build_model(
         config: the model.
         platform: chooses layers and device.
         parallel: how the model is cut.
-        precision: number format of the weights.
+        precision: number formats.
+        compute: what is computed twice or recorded.
         pre_process: whether the embedding is in this part.
         post_process: whether the output layer is in this part; without it the result is hidden states [s, b, h].
         vp_stage: which model chunk of this rank, under the interleaved schedule.
         num_ids: the tokenizer's; rows of the output layer beyond them are padding, which no loss sees. None for all.
-
-    Raises:
-        BadInput: the platform cannot do what `parallel` asks for.
     """
     import torch
     from megatron.core.models.gpt import GPTModel
 
-    transformer = transformer_config(config, platform=platform, parallel=parallel, precision=precision)
+    precision = usable_precision(precision, platform)
+    if precision.fp8_emulation:
+        platform = replace(platform, layer_family="local")  # its linear layers are the ones that can be told to round
+    transformer = transformer_config(config, platform=platform, parallel=parallel, precision=precision, compute=compute)
     model = GPTModel(
         transformer,
-        layer_spec(transformer, platform, vp_stage=vp_stage),
+        layer_spec(transformer, platform, precision, vp_stage=vp_stage),
         vocab_size=config.vocab_size,
         max_sequence_length=config.max_positions,
         pre_process=pre_process,
@@ -87,32 +95,67 @@ def _mask_padding(output_layer: Any, num_ids: int) -> None:
         output_layer.register_forward_hook(mask)
 
 
-def check_platform(parallel: ParallelConfig, platform: Platform) -> None:
-    """Refuse a layout that this machine's layers cannot do; changes nothing.
+def check_platform(config: MidTrainConfig, platform: Platform) -> None:
+    """Refuse settings that this machine cannot do; changes nothing.
 
     Raises:
-        BadInput: context parallelism without Transformer Engine.
+        BadInput: context parallelism or CUDA graphs without Transformer Engine, FSDP without a GPU, or an FP8 recipe
+            without its chip and versions.
     """
-    if parallel.context > 1 and platform.layer_family != "transformer_engine":
+    parallel, precision = config.parallel, config.precision
+    engine = platform.layer_family == "transformer_engine"
+    if parallel.context > 1 and not engine:
         raise BadInput(
             f"parallel.context {parallel.context} needs Transformer Engine, which is not here",
             fix="set parallel.context to 1, or run where `octo doctor` finds Transformer Engine",
         )
+    if config.compute.cuda_graphs and not engine:
+        raise BadInput(
+            "compute.cuda_graphs needs a GPU and Transformer Engine, which are not here",
+            fix="turn compute.cuda_graphs off, or run where `octo doctor` finds both",
+        )
+    if parallel.fsdp and platform.device == "cpu":
+        raise BadInput(
+            "parallel.fsdp needs GPUs, which are not here",
+            fix="turn parallel.fsdp off: parallel.distributed_optimizer shares the optimizer's state anywhere",
+        )
+    missing = fp8_missing(precision, platform)
+    if missing and not precision.fp8_fallback:
+        here = ", ".join(fp8.running(platform))
+        raise BadInput(
+            f"precision.fp8 {precision.fp8} needs {missing}",
+            fix=(f"choose a recipe that runs here ({here})" if here else "set precision.fp8 to off")
+            + ", or let it train in bf16 where FP8 is missing (precision.fp8_fallback)",
+        )
+
+
+def fp8_missing(precision: PrecisionConfig, platform: Platform) -> str | None:
+    """What this machine lacks for the FP8 recipe asked for; None where nothing is missing, or nothing asked for."""
+    if precision.fp8 == "off" or precision.fp8_emulation:
+        return None
+    return fp8.lacking(precision.fp8, platform)
+
+
+def usable_precision(precision: PrecisionConfig, platform: Platform) -> PrecisionConfig:
+    """The precision that this machine trains in: bf16 where FP8 was asked for and is missing."""
+    if precision.fp8 == "off" or fp8_missing(precision, platform):
+        return replace(precision, fp8="off", fp8_weights=False, fp8_emulation=False)
+    return precision
 
 
 def transformer_config(
-    config: ModelConfig, *, platform: Platform, parallel: ParallelConfig, precision: PrecisionConfig
+    config: ModelConfig,
+    *,
+    platform: Platform,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    compute: ComputeConfig = PLAIN,
 ) -> TransformerConfig:
-    """megatron's settings object for this model on this platform.
-
-    Raises:
-        BadInput: context parallelism without Transformer Engine.
-    """
+    """megatron's settings object for this model on this platform."""
     import torch
     from megatron.core.transformer import TransformerConfig
 
     engine = platform.layer_family == "transformer_engine"
-    check_platform(parallel, platform)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision.dtype]
     interleaved = parallel.virtual_pipeline is not None
     return TransformerConfig(
@@ -145,10 +188,41 @@ def transformer_config(
         deallocate_pipeline_outputs=True,
         # on the CPU: the same weights at any tensor-parallel size
         use_cpu_initialization=platform.device == "cpu",
-        gradient_accumulation_fusion=False,
+        # apex's kernel; the output layer is megatron's own even among Transformer Engine's layers, and needs it
+        gradient_accumulation_fusion=platform.apex and not parallel.fsdp,
         masked_softmax_fusion=False,
         persist_layer_norm=engine,
-        apply_rope_fusion=engine,
+        apply_rope_fusion=engine or platform.device == "cpu",  # there `platform/rotary.py`
         bias_activation_fusion=engine,
         bias_dropout_fusion=engine,
+        **_fp8_options(precision),
+        **_compute_options(compute),
     )
+
+
+def _fp8_options(precision: PrecisionConfig) -> dict[str, Any]:
+    """megatron's names for FP8 by Transformer Engine; none where it is off or emulated."""
+    if precision.fp8 == "off" or precision.fp8_emulation:
+        return {}
+    return {
+        # of each product's operands: one scale a tensor leaves gradients short of range in E4M3, scales a block do not
+        "fp8": "hybrid" if precision.fp8 in ("delayed", "tensorwise") else "e4m3",
+        "fp8_recipe": precision.fp8,
+        "fp8_param": precision.fp8_weights,
+        "fp8_amax_history_len": AMAX_HISTORY,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": precision.bf16_first_layers + precision.bf16_last_layers > 0,
+        "num_layers_at_start_in_bf16": precision.bf16_first_layers,
+        "num_layers_at_end_in_bf16": precision.bf16_last_layers,
+    }
+
+
+def _compute_options(compute: ComputeConfig) -> dict[str, Any]:
+    """megatron's names for recomputation and CUDA graphs."""
+    recompute: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": []},  # `model/layers.py` does it
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    options = recompute[compute.recompute]
+    return options | ({"cuda_graph_impl": "local"} if compute.cuda_graphs else {})

@@ -1,14 +1,17 @@
 """Where the code runs: which device, which backend, which layers, and what is missing.
 
 `resolve` only looks. `Platform.activate` is what training and conversion call before they import
-megatron; this package holds all that patches other people's code (`megatron_cpu`, `fused_adam`, `checkpoint_writer`).
+megatron; this package holds all that patches other people's code (`megatron_cpu`, `rotary`, `fused_adam`,
+`checkpoint_writer`).
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Literal
 
@@ -32,6 +35,14 @@ class Platform:
     backend: Literal["nccl", "gloo"]
     layer_family: Literal["transformer_engine", "local"]
     """Whose linear layers, norms and attention `model/layers.py` builds from."""
+    chip: tuple[int, ...] = ()
+    """The GPU's compute capability; empty without one."""
+    cuda: tuple[int, ...] = ()
+    """The version of CUDA that torch was built for; empty for none."""
+    engine: tuple[int, ...] = ()
+    """Transformer Engine's version; empty for none."""
+    apex: bool = False
+    """Whether NVIDIA apex gives the local layers fused norms and gradient accumulation."""
     missing: tuple[Missing, ...] = ()
 
     def activate(self) -> None:
@@ -41,9 +52,10 @@ class Platform:
         """
         _quiet()
         if self.device == "cpu":
-            from megatron_octo.platform import megatron_cpu
+            from megatron_octo.platform import megatron_cpu, rotary
 
             megatron_cpu.install()
+            rotary.install()
         from megatron_octo.platform import checkpoint_writer, fused_adam
 
         fused_adam.install()
@@ -86,7 +98,16 @@ def resolve() -> Platform:
     family: Literal["transformer_engine", "local"] = (
         "local" if any(each.what == "Transformer Engine" for each in missing) else "transformer_engine"
     )
-    return Platform(device="cuda", backend="nccl", layer_family=family, missing=missing)
+    return Platform(
+        device="cuda",
+        backend="nccl",
+        layer_family=family,
+        chip=torch.cuda.get_device_capability(),
+        cuda=_numbers(torch.version.cuda),
+        engine=_numbers(metadata.version("transformer-engine")) if family == "transformer_engine" else (),
+        apex=has_apex(),
+        missing=missing,
+    )
 
 
 def _missing_on_gpu() -> list[Missing]:
@@ -103,7 +124,7 @@ def _missing_on_gpu() -> list[Missing]:
         missing.append(
             Missing(
                 what="NVIDIA apex",
-                effect="no fused gradient accumulation",
+                effect="no fused gradient accumulation; without Transformer Engine, no fused optimizer and norms",
                 fix="build it from https://github.com/NVIDIA/apex (the package index's `apex` is another project)",
             )
         )
@@ -111,8 +132,8 @@ def _missing_on_gpu() -> list[Missing]:
 
 
 def has_apex() -> bool:
-    """Whether NVIDIA apex is installed, told by its extension: the package index's `apex` is another project."""
-    return _installed("amp_C")
+    """Whether NVIDIA apex is installed, told by its extensions: the package index's `apex` is another project."""
+    return all(map(_installed, ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")))
 
 
 def _quiet() -> None:
@@ -123,6 +144,11 @@ def _quiet() -> None:
     for module in ("megatron", "torch"):
         for category in (FutureWarning, UserWarning, SyntaxWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """2.9.0+af2f3 -> (2, 9, 0)"""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def _installed(package: str) -> bool:

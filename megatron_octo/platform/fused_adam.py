@@ -2,7 +2,7 @@
 
 Without either, megatron falls back to torch's AdamW, and its DistributedOptimizer then cannot load a
 checkpoint in a fresh process: it expects `step` in the parameter group. This class has Transformer
-Engine's state layout, so a save is laid out as on a GPU; its steps equal those of torch.optim.AdamW.
+Engine's state layout, so a save is laid out as on a GPU; its steps are those of torch.optim.AdamW(fused=True).
 """
 
 from __future__ import annotations
@@ -53,21 +53,24 @@ def fused_adam_class() -> type:
                     self._update(params, group)
 
         def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
-            beta1, beta2 = group["betas"]
-            rate, step = group["lr"], group["step"]
             for param in params:
                 if not self.state[param]:
                     self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
-            grads = [param.grad for param in params]
-            means = [self.state[param]["exp_avg"] for param in params]
-            squares = [self.state[param]["exp_avg_sq"] for param in params]
-            torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-            torch._foreach_lerp_(means, grads, 1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
-            roots = torch._foreach_sqrt(squares)
-            torch._foreach_div_(roots, (1 - beta2**step) ** 0.5)
-            torch._foreach_add_(roots, group["eps"])
-            torch._foreach_addcdiv_(params, means, roots, value=-rate / (1 - beta1**step))
+            step = torch.tensor(float(group["step"]), device=params[0].device)
+            torch._fused_adamw_(
+                params,
+                [param.grad for param in params],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                [],
+                [step] * len(params),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
 
     return FusedAdam

@@ -32,6 +32,7 @@ def install() -> None:
     _redirect_devices()
     _drop_device_ids()
     _import_uncompiled()
+    _skip_exchange_with_oneself()
     _redirect_megatron_rng()
 
 
@@ -140,6 +141,21 @@ def _drop_device_ids() -> None:
 
     barrier = dist.barrier
     dist.barrier = lambda group=None, async_op=False, device_ids=None: barrier(group=group, async_op=async_op)
+
+
+def _skip_exchange_with_oneself() -> None:
+    """A data-parallel group of one rank has nothing to reduce or gather; gloo copies the whole buffer to find out."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    def between_ranks(exchange: Any) -> Any:
+        @functools.wraps(exchange)
+        def wrapper(output: Any, source: Any, *, group: Any, **kwargs: Any) -> Any:
+            return None if group.size() == 1 else exchange(output, source, group=group, **kwargs)
+
+        return wrapper
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, between_ranks(getattr(buffers, name)))
 
 
 def _import_uncompiled() -> None:

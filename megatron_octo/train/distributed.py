@@ -54,6 +54,7 @@ def build_chunks(config: MidTrainConfig, platform: Platform, *, num_ids: int) ->
             platform=platform,
             parallel=config.parallel,
             precision=config.precision,
+            compute=config.compute,
             pre_process=groups.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=groups.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             vp_stage=stage,

@@ -27,7 +27,7 @@ from megatron_octo.data.loader import Loader
 from megatron_octo.data.mixture import Mixture, check_unchanged, read_held_out, read_mixture
 from megatron_octo.data.phase import open_ledger, open_phase
 from megatron_octo.errors import BadInput, OctoError
-from megatron_octo.model.build import check_platform
+from megatron_octo.model.build import check_platform, fp8_missing
 from megatron_octo.model.weights import load_weights
 from megatron_octo.platform import resolve
 from megatron_octo.platform.process_group import model_parallel, world
@@ -60,6 +60,7 @@ MAY_DIFFER = (
     "parallel.context",
     "parallel.overlap_grad_reduce",
     "parallel.overlap_param_gather",
+    "compute",
     "budget.micro_batch_sequences",
     "save",
     "watch",
@@ -106,7 +107,7 @@ def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
     if me.rank == 0:
         rundir.check_free(run)
     inputs, platform = check(config, me.size, reweigh=reweigh), resolve()
-    check_platform(config.parallel, platform)
+    check_platform(config, platform)
     with contextlib.ExitStack() as stack:
         beside = stack.enter_context(marks(run, config)) if me.rank == 0 else None
         if me.rank == 0:
@@ -114,6 +115,8 @@ def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
         stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed))
         signals = stack.enter_context(stop_signals())  # until here they end a rank that waits for another one
         log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
+        if missing := fp8_missing(config.precision, platform):
+            log.warning("training in bf16: precision.fp8 %s needs %s", config.precision.fp8, missing)
         alive = stack.enter_context(watchdog(run, config.watch.hang_timeout_s))
         _train(config, inputs, platform, run, signals=signals, alive=alive, beside=beside)
 
@@ -139,7 +142,6 @@ def check(config: MidTrainConfig, world_size: int, *, reweigh: bool = False) -> 
             import or the parent's save is missing, does not fit, or was prepared anew since the last save.
     """
     plan = config.resolve(world_size)
-    check_supported(config)
     finished(config, reweigh=reweigh)
     mixture = read_mixture(config.data, model_vocab_size=config.model.vocab_size)
     if config.wandb_project is not None and find_spec("wandb") is None:
@@ -158,23 +160,6 @@ def check(config: MidTrainConfig, world_size: int, *, reweigh: bool = False) -> 
         folder = start_folder(config, mixture)
         parent = lineage.read_if_present(folder) if folder else None
     return Inputs(plan=plan, mixture=mixture, start_folder=folder, parent=parent, held_out=held_out)
-
-
-def check_supported(config: MidTrainConfig) -> None:
-    """Refuse settings that full-size recipes state and that training cannot follow yet.
-
-    Raises:
-        BadInput: there is one.
-    """
-    wanted = (
-        ("precision.fp8", config.precision.fp8, "off"),
-        ("parallel.fsdp", config.parallel.fsdp, False),
-        ("compute.recompute", config.compute.recompute, "none"),
-        ("compute.cuda_graphs", config.compute.cuda_graphs, False),
-    )
-    for name, value, supported in wanted:
-        if value != supported:
-            raise BadInput(f"{name} {value} is not in this version yet", fix=f"set {name} to {supported}")
 
 
 def _train(

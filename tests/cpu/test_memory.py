@@ -22,7 +22,7 @@ from tests.cpu.footprint import CASES, MICRO_BATCHES, PIPELINES, SEQ_LENGTH, TIE
 
 LAUNCH_TIMEOUT_S = 400
 PADDING = 0.01  # megatron rounds the buffers of gradients and moments up to 128 elements a rank
-IDS = 64  # bytes a token of ids, targets and masks, which the plan leaves out
+IDS = 32  # bytes a token of ids, targets and masks, which the plan leaves out
 WHOLE = [name for name in CASES if case(name).parallel.pipeline == 1]
 MICRO_BATCH_TOKENS = case(WHOLE[0]).budget.micro_batch_sequences * SEQ_LENGTH
 
@@ -99,16 +99,13 @@ def beyond_the_plan(config: MidTrainConfig) -> int:
     """What the CPU's unfused layers keep, and fused ones do not."""
     model, tensor = config.model, config.parallel.tensor
     dtype = DTYPE_BYTES[config.precision.dtype]
-    values = (model.num_heads + model.num_kv_heads) * model.head_dim * dtype  # a view that holds queries and keys
-    swiglu = 2 * model.ffn_size * dtype  # silu(gate), and a copy of up
-    layer = 2 * norm_beyond(config) + (values + swiglu) // tensor
-    rotary = SEQ_LENGTH * 4 * model.head_dim * dtype  # sines and cosines
+    result = model.num_heads * model.head_dim * dtype  # the attention's, once more with the heads side by side
+    swiglu = model.ffn_size * dtype  # silu(gate)
+    layer = 2 * norm_beyond(config) + (result + swiglu) // tensor
+    rotary = SEQ_LENGTH * 4 * model.head_dim * 4  # sines and cosines, of queries and of keys
     return MICRO_BATCH_TOKENS * (model.num_layers * layer + norm_beyond(config)) + model.num_layers * rotary
 
 
 def norm_beyond(config: MidTrainConfig) -> int:
-    """Bytes a token that torch's RMSNorm keeps: its input in fp32 rather than bf16, that divided by its root mean
-    square, and the latter."""
-    widened = 4 - DTYPE_BYTES[config.precision.dtype]
-    kept = (widened + 4) * config.model.hidden_size + 4
-    return kept // (config.parallel.tensor if config.parallel.sequence else 1)
+    """Bytes a token that our RMSNorm keeps besides its input: the root mean square."""
+    return 4 // (config.parallel.tensor if config.parallel.sequence else 1)
