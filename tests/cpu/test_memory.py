@@ -22,7 +22,7 @@ from tests.cpu.footprint import CASES, MICRO_BATCHES, PIPELINES, SEQ_LENGTH, TIE
 
 LAUNCH_TIMEOUT_S = 400
 PADDING = 0.01  # megatron rounds the buffers of gradients and moments up to 128 elements a rank
-IDS = 32  # bytes a token of ids, targets and masks, which the plan leaves out
+IDS = 64  # bytes a token of ids, targets and masks, which the plan leaves out
 WHOLE = [name for name in CASES if case(name).parallel.pipeline == 1]
 MICRO_BATCH_TOKENS = case(WHOLE[0]).budget.micro_batch_sequences * SEQ_LENGTH
 
