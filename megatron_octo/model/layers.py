@@ -33,6 +33,9 @@ def _local_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
     # megatron's torch norm refuses sequence parallelism
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = _causal_attention_class()
+    if config.qk_layernorm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = norm
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 

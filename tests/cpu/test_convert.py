@@ -68,6 +68,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")), bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder / "words")
     random_base(RandomBaseConfig(model=MODEL, tokenizer=folder / "words", output=folder / "base"))
+    _randomise_norms(folder / "base/model.safetensors")
     from_hf(folder / "base", folder / "import")
     return folder
 
@@ -102,12 +103,23 @@ def test_a_round_trip_leaves_every_byte(single: dict[str, Any], work: Path) -> N
     assert first == second
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3", "qwen3-tied"])
+def test_transformers_qwen_gives_its_logits_in_megatron_and_returns_unchanged(
+    single: dict[str, Any], work: Path, name: str
+) -> None:
+    report = single["families"][name]
+    assert report["num_argmax_differences"] == 0 and report["max_logit_difference"] <= 1e-4 and report["mean_kl"] < 1e-9
+    first, second = ((work / f"{name}{end}/model.safetensors").read_bytes() for end in ("", "-export"))
+    assert first == second
+
+
 MISTAKES = (
     "heads swapped",
     "gate and up exchanged",
     "rotary factor both ways",
     "rotary factor",
     "key and value exchanged",
+    "norms exchanged",
 )
 
 
@@ -160,6 +172,18 @@ def test_an_export_from_any_layout_is_the_same_file(layouts: Path, work: Path, t
         assert exported == (work / "base/model.safetensors").read_bytes()
 
 
+def _randomise_norms(file: Path) -> None:
+    """Norms of 1, as a random model has, would hide that they were exchanged."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        if tensor.dim() == 1:
+            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def _launch(launcher: list[str], what: str, work: Path) -> dict[str, Any]:
     done = subprocess.run(
         [*launcher, __file__, what, str(work)],
@@ -190,8 +214,47 @@ def _single(work: Path) -> dict[str, Any]:
             mistakes[name] = _attempt(
                 lambda: to_hf(work / "import", work / "wrong", work / "words", dtype="fp32"), work / "wrong"
             )
-    found = {"verified": verified, "mistakes": mistakes, "changed": _changed(work)}
+    found = {"families": _families(work), "verified": verified, "mistakes": mistakes, "changed": _changed(work)}
     return found | ({"stories": _stories(work)} if STORIES.is_dir() else {})
+
+
+def _families(work: Path) -> dict[str, Any]:
+    """Models of transformers itself, with random norms and biases, into megatron and back; what verify says."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    from megatron_octo.convert.from_hf import from_hf
+    from megatron_octo.convert.to_hf import to_hf
+
+    reports = {}
+    for name, settings, make in (
+        ("qwen2", Qwen2Config, Qwen2ForCausalLM),
+        ("qwen2-tied", Qwen2Config, Qwen2ForCausalLM),
+        ("qwen3", Qwen3Config, Qwen3ForCausalLM),
+        ("qwen3-tied", Qwen3Config, Qwen3ForCausalLM),
+    ):
+        config = settings(
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=96,
+            vocab_size=64,
+            max_position_embeddings=1024,
+            tie_word_embeddings=name.endswith("-tied"),
+            initializer_range=0.15,
+            **({"head_dim": 32} if settings is Qwen3Config else {}),
+        )
+        model = make(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.copy_(torch.rand_like(parameter) + 0.5)
+        model.save_pretrained(work / name)
+        from_hf(work / name, work / f"{name}-import")
+        to_hf(work / f"{name}-import", work / f"{name}-export", work / "words", dtype="fp32")
+        reports[name] = rundir.read_json(work / f"{name}-export/verify.json")
+    return reports
 
 
 def _attempt(call: Callable[[], object], output: Path) -> dict[str, Any]:
@@ -237,22 +300,33 @@ def _mistakes() -> dict[str, Callable[[], contextlib.AbstractContextManager[None
         query = parts[0].reshape(MODEL.num_heads, MODEL.head_dim, -1)
         return [torch.cat([query[1:2], query[:1], query[2:]]).reshape(parts[0].shape), *parts[1:]]
 
-    read, write = mapping.LLAMA.read, mapping.LLAMA.write
+    read, write = mapping._read, mapping._write
 
-    def family(**changes: Any) -> contextlib.AbstractContextManager[None]:
-        return _patched(mapping, LLAMA=(changed := replace(mapping.LLAMA, **changes)), FAMILIES={"llama": changed})
+    def read_own(family: mapping.Family, config: dict[str, Any], origin: str) -> ModelConfig:
+        return replace(read(family, config, origin), rope_factor=MODEL.rope_factor)
 
-    def write_eight(model: ModelConfig) -> dict[str, Any]:
-        return write(replace(model, rope_factor=8.0))
+    def write_eight(family: mapping.Family, model: ModelConfig) -> dict[str, Any]:
+        return write(family, replace(model, rope_factor=8.0))
+
+    def exchange_norms() -> contextlib.AbstractContextManager[None]:
+        """Each layer's two norms under each other's name."""
+        names = ("input_layernorm", "post_attention_layernorm")
+
+        def other(name: str) -> str:
+            return next((name.replace(a, b) for a, b in (names, names[::-1]) if a in name.split(".")), name)
+
+        rows = tuple(
+            replace(row, parts=tuple((other(name), axes) for name, axes in row.parts)) for row in mapping.LLAMA_ROWS
+        )
+        return _patched(mapping, FAMILIES={"llama": replace(mapping.LLAMA, rows=rows)})
 
     return {
         "heads swapped": lambda: reordered("linear_qkv.weight", swap_heads),
         "key and value exchanged": lambda: reordered("linear_qkv.weight", lambda parts: [parts[0], parts[2], parts[1]]),
         "gate and up exchanged": lambda: reordered("linear_fc1.weight", lambda parts: parts[::-1]),
-        "rotary factor": lambda: family(write=write_eight),
-        "rotary factor both ways": lambda: family(
-            write=write_eight, read=lambda config, origin: replace(read(config, origin), rope_factor=MODEL.rope_factor)
-        ),
+        "rotary factor": lambda: _patched(mapping, _write=write_eight),
+        "rotary factor both ways": lambda: _patched(mapping, _write=write_eight, _read=read_own),
+        "norms exchanged": exchange_norms,
     }
 
 
