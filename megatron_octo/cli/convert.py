@@ -30,8 +30,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = options.add_subparsers(dest="command", required=True, metavar="from-hf | to-hf | verify | random-base")
 
     importing = commands.add_parser("from-hf", help="a Hugging Face folder -> a base that training starts from")
-    importing.add_argument("hf", metavar="HF", type=Path, help="folder with config.json and safetensors")
+    importing.add_argument(
+        "hf", metavar="HF", help="folder with config.json and safetensors, or a model's name on the Hub: owner/name"
+    )
     importing.add_argument("output", metavar="OUT", type=Path, help="folder to write")
+    importing.add_argument("--revision", help="of a model on the Hub: commit, tag or branch (main)")
     importing.set_defaults(run=_from_hf)
 
     exporting = commands.add_parser("to-hf", help="a save -> a Hugging Face folder, verified")
@@ -70,13 +73,15 @@ def _parser() -> argparse.ArgumentParser:
 def _from_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import hf_folder
     from megatron_octo.convert.from_hf import from_hf
+    from megatron_octo.convert.hub_model import folder_of
 
-    model = hf_folder.read_model_config(own.hf)
+    hf = folder_of(own.hf, own.revision)
+    model = hf_folder.read_model_config(hf)
     if own.dry_run:
-        hf_folder.Weights(own.hf).check(model)
+        hf_folder.Weights(hf).check(model)
     else:
-        from_hf(own.hf, own.output, overwrite=own.overwrite)
-    _say(own, model, output=own.output, source=own.hf)
+        from_hf(hf, own.output, name=Path(own.hf).name, overwrite=own.overwrite)
+    _say(own, model, output=own.output, source=hf)
 
 
 def _to_hf(own: argparse.Namespace) -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
 
 
-def from_hf(hf: Path, output: Path, *, overwrite: bool = False) -> Path:
-    """Convert the Hugging Face folder `hf` into `output`; returns `output`.
+def from_hf(hf: Path, output: Path, *, name: str = "", overwrite: bool = False) -> Path:
+    """Convert the Hugging Face folder `hf` into `output`; returns `output`. `name` is the base's, for its lineage.
 
     An `output` that was made from the same weights is left as it is.
 
@@ -35,7 +35,7 @@ def from_hf(hf: Path, output: Path, *, overwrite: bool = False) -> Path:
     model = hf_folder.read_model_config(hf)
     tensors = hf_folder.Weights(hf)
     tensors.check(model)
-    parent = _parent(hf)
+    parent = _parent(hf, name)
     done = finished(output, "import", overwrite=overwrite)
     if done is not None:
         if done.parent is None or done.parent.weights_sha256 != parent.weights_sha256:
@@ -52,12 +52,12 @@ def from_hf(hf: Path, output: Path, *, overwrite: bool = False) -> Path:
     return output
 
 
-def _parent(hf: Path) -> lineage.Lineage:
+def _parent(hf: Path, name: str) -> lineage.Lineage:
     digest = rundir.sha256_folder(hf, hf_folder.WEIGHT_FILES)
     known = lineage.read_if_present(hf)
     if known is not None and known.weights_sha256 == digest:
         return known
-    return lineage.Lineage(name=hf.resolve().name, kind="base", weights_sha256=digest)
+    return lineage.Lineage(name=name or hf.resolve().name, kind="base", weights_sha256=digest)
 
 
 def _pieces(model: ModelConfig, tensors: hf_folder.Weights) -> Iterator[torch_dist.Piece]:
