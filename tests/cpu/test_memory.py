@@ -101,7 +101,9 @@ def beyond_the_plan(config: MidTrainConfig) -> int:
     dtype = DTYPE_BYTES[config.precision.dtype]
     values = (model.num_heads + model.num_kv_heads) * model.head_dim * dtype  # a view that holds queries and keys
     swiglu = 2 * model.ffn_size * dtype  # silu(gate), and a copy of up
-    layer = 2 * norm_beyond(config) + (values + swiglu) // tensor
+    heads = (model.num_heads + model.num_kv_heads) if model.qk_norm else 0
+    norms = heads * ((4 - dtype + 4) * model.head_dim + 4)  # of queries and keys, as `norm_beyond`
+    layer = 2 * norm_beyond(config) + (values + swiglu + norms) // tensor
     rotary = SEQ_LENGTH * 4 * model.head_dim * dtype  # sines and cosines
     return MICRO_BATCH_TOKENS * (model.num_layers * layer + norm_beyond(config)) + model.num_layers * rotary
 
