@@ -16,6 +16,7 @@ from megatron_octo.errors import BadInput
 if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
     from megatron_octo.config.pipeline import RandomBaseConfig
+    from megatron_octo.config.train import ChatTemplate
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", type=Path, help="tokenizer folder to copy; of a save in a run: the one it trained with"
     )
     exporting.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), default="bf16", help="number format (bf16)")
+    exporting.add_argument(
+        "--chat-template",
+        choices=("plain", "own"),
+        help="User: and Assistant: lines, or the tokenizer's (the recipe's)",
+    )
     exporting.add_argument("--skip-verify", action="store_true", help="do not compare the result with the save")
     exporting.set_defaults(run=_to_hf)
 
@@ -96,7 +102,15 @@ def _to_hf(own: argparse.Namespace) -> None:
     if own.dry_run:
         read_tokenizer(tokenizer, source.model)
     else:
-        to_hf(folder, output, tokenizer, dtype=own.dtype, verify=not own.skip_verify, overwrite=own.overwrite)
+        to_hf(
+            folder,
+            output,
+            tokenizer,
+            dtype=own.dtype,
+            chat_template=own.chat_template or _default_template(folder),
+            verify=not own.skip_verify,
+            overwrite=own.overwrite,
+        )
     _say(own, source.model, output=output, source=folder, tokenizer=tokenizer, dtype=own.dtype)
 
 
@@ -152,6 +166,14 @@ def _default_tokenizer(save: Path) -> Path:
     if not config.exists():
         raise BadInput(f"{save} does not say which tokenizer it was trained with", fix="give --tokenizer FOLDER")
     return Path(rundir.read_json(config)["data"]["tokenizer"])
+
+
+def _default_template(save: Path) -> ChatTemplate:
+    """What the recipe of a run says; plain for an import."""
+    config = save / "config.json"
+    recipe = rundir.read_json(config) if config.exists() else {}
+    template: ChatTemplate = recipe.get("save", {}).get("chat_template", "plain")
+    return template
 
 
 def _say(own: argparse.Namespace, model: ModelConfig, **facts: Any) -> None:

@@ -13,7 +13,7 @@ from megatron_octo.convert import safetensors_file
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
-from megatron_octo.rundir import read_json, write_json
+from megatron_octo.rundir import read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,17 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+
+CHAT_TEMPLATE = "chat_template.jinja"
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- set names = {"user": "User", "assistant": "Assistant", "system": "System"} %}
+{%- for message in messages %}
+{{- "" if loop.first else "\\n" }}{{- names[message["role"]] + ":" + message["content"] }}
+{%- endfor %}
+{{- "\\nAssistant:" if add_generation_prompt }}"""
+"""Turns as `User:` and `Assistant:` on lines of their own, as the template `chat` of `octo data` writes them."""
 
 
 class Weights:
@@ -202,6 +213,14 @@ def write_settings(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype
     stated = {f"{name}_token_id": value for name, value in ids.items() if value is not None}
     write_json(folder / GENERATION, stated)
     tokenizer.copy_to(folder)
+
+
+def write_plain_template(folder: Path) -> None:
+    """Give the tokenizer in `folder` the plain chat template, in place of its own."""
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        write_json(settings, {name: value for name, value in read_json(settings).items() if name != "chat_template"})
+    write_atomic(folder / CHAT_TEMPLATE, PLAIN_TEMPLATE)
 
 
 def read_model_config(folder: Path) -> ModelConfig:

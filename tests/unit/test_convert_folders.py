@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_octo import lineage, rundir
+from megatron_octo.budget.ledger import LedgerRecord, SourceTokens
+from megatron_octo.config.base import to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
-from megatron_octo.convert import hf_folder
+from megatron_octo.convert import hf_folder, model_card
 from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
@@ -102,7 +104,68 @@ def test_a_card_of_a_llama_states_its_licence(made: Path, words: Path, tmp_path:
     parent = lineage.Lineage(name="Llama-3.2-1B", kind="base", weights_sha256="")
     lineage.write(renamed, replace(lineage.read(renamed), parent=parent))
     out = to_hf(renamed, tmp_path / "out", words, verify=False)
-    assert "Llama Community License" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert card.startswith("# Llama") and "Built with Llama" in card and "Llama 3.2 Community License" in card
+    assert "llama3_2/license" in (out / "LICENSE").read_text()
+    assert "Llama 3.2 is licensed under the Llama 3.2 Community License" in (out / "NOTICE").read_text()
+
+
+def test_a_licence_beside_the_tokenizer_is_copied(made: Path, words: Path, tmp_path: Path) -> None:
+    tokenizer = Path(shutil.copytree(words, tmp_path / "words"))
+    (tokenizer / "LICENSE.txt").write_text("terms")
+    out = to_hf(made / "import", tmp_path / "out", tokenizer, verify=False)
+    assert (out / "LICENSE.txt").read_text() == "terms"
+    assert "that of the base, random (see LICENSE.txt)" in (out / "README.md").read_text()
+    assert not (out / "NOTICE").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "factor", "version"),
+    [
+        ("Llama-3.2-3B", 32, None, "3.2"),
+        ("Meta-Llama-3.1-8B", 32, None, "3.1"),
+        ("base", 128_256, 8.0, "3.1"),
+        ("base", 128_256, 32.0, "3.2"),
+        ("base", 128_256, None, "3"),
+        ("base", 32, 32.0, None),
+    ],
+)
+def test_a_llama_is_known_by_its_name_or_its_vocabulary(
+    name: str, vocab_size: int, factor: float | None, version: str | None
+) -> None:
+    link = lineage.Lineage(name=name, kind="base", weights_sha256="")
+    model = replace(MODEL, vocab_size=vocab_size, rope_factor=factor)
+    assert model_card.llama_version(link, model) == version
+
+
+def test_the_card_tells_what_was_trained_on_what(made: Path, words: Path, tmp_path: Path) -> None:
+    save = Path(shutil.copytree(made / "import", tmp_path / "save"))
+    stable = lineage.Lineage(name="s", kind="train", weights_sha256="1", step=9, tokens=900, parent=lineage.read(save))
+    branch = lineage.Lineage(name="b", kind="train", weights_sha256="2", step=5, tokens=1500, parent=stable)
+    lineage.write(save, branch)
+    web = SourceTokens(name="web", available=1000, planned=2000, consumed=1234, planned_epochs=2.0, epochs=1.234)
+    record = LedgerRecord(planned_tokens=2000, consumed_tokens=1234, sources=(web,), phases=(), streams=())
+    rundir.write_json(save / "ledger.json", to_dict(record))
+    card = (to_hf(save, tmp_path / "out", words, verify=False) / "README.md").read_text()
+    for fact in ("base: random", "stable run: s", "branch: b", "| train | b | 5 | 1,500 |", "| web | 1,234 | 1.23 |"):
+        assert fact in card
+
+
+def test_an_export_speaks_in_plain_turns_unless_it_keeps_the_tokenizers_template(
+    made: Path, words: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = Path(shutil.copytree(words, tmp_path / "words"))
+    settings = rundir.read_json(tokenizer / "tokenizer_config.json")
+    rundir.write_json(tokenizer / "tokenizer_config.json", {**settings, "chat_template": "its own"})
+    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    said = {}
+    for template in ("plain", "own"):
+        out = to_hf(made / "import", tmp_path / template, tokenizer, chat_template=template, verify=False)
+        speaker = AutoTokenizer.from_pretrained(out)
+        said[template] = speaker.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert said == {"plain": "<s>User:a\nAssistant:b\nUser:c\nAssistant:", "own": "its own"}
 
 
 def test_number_formats_stay_as_they_are(base: Path, tmp_path: Path) -> None:
