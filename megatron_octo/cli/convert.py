@@ -40,7 +40,10 @@ def _parser() -> argparse.ArgumentParser:
 
     exporting = commands.add_parser("to-hf", help="a save -> a Hugging Face folder, verified")
     exporting.add_argument(
-        "save", metavar="SAVE", type=Path, help="a save's folder, a run folder (its last save), or an imported base"
+        "save",
+        metavar="SAVE",
+        type=Path,
+        help="a save's folder, a run folder (its last save), an imported base, or a plain Megatron checkpoint",
     )
     exporting.add_argument(
         "output", metavar="OUT", type=Path, nargs="?", help="folder to write; of a save in a run: its hf/step_XXXXXXXX"
@@ -61,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     verifying.add_argument("save", metavar="SAVE", type=Path, help="as for to-hf")
     verifying.add_argument("hf", metavar="HF", type=Path, help="the export")
     verifying.set_defaults(run=_verify)
+
+    for each in (exporting, verifying):
+        each.add_argument(
+            "--config", metavar="HF", type=Path, help="of a plain Megatron checkpoint: a folder of a model of its shape"
+        )
 
     random = commands.add_parser("random-base", help="a base model of random weights in Hugging Face format")
     random.add_argument("recipe", metavar="RECIPE", help="path.py:function, or JSON, of a RandomBaseConfig or pipeline")
@@ -97,8 +105,8 @@ def _to_hf(own: argparse.Namespace) -> None:
 
     folder = find_save(own.save)
     output = own.output or _default_output(folder)
-    tokenizer = own.tokenizer or _default_tokenizer(folder)
-    source = Save(folder)
+    tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
+    source = Save(folder, own.config)
     if own.dry_run:
         read_tokenizer(tokenizer, source.model)
     else:
@@ -107,6 +115,7 @@ def _to_hf(own: argparse.Namespace) -> None:
             output,
             tokenizer,
             dtype=own.dtype,
+            config=own.config,
             chat_template=own.chat_template or _default_template(folder),
             verify=not own.skip_verify,
             overwrite=own.overwrite,
@@ -120,9 +129,9 @@ def _verify(own: argparse.Namespace) -> None:
 
     folder = find_save(own.save)
     if own.dry_run:
-        _say(own, Save(folder).model, output=own.hf / "verify.json", source=folder)
+        _say(own, Save(folder, own.config).model, output=own.hf / "verify.json", source=folder)
         return
-    report = verify(folder, own.hf)
+    report = verify(folder, own.hf, own.config)
     if own.json:
         console.emit_json(asdict(report))
     else:

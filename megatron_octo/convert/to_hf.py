@@ -30,11 +30,14 @@ def to_hf(
     tokenizer: Path,
     *,
     dtype: hf_folder.Dtype = "bf16",
+    config: Path | None = None,
     chat_template: ChatTemplate = "plain",
     verify: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Convert the save in `save` (a step's folder, or an imported base) into `output`; returns `output`.
+
+    A plain Megatron checkpoint is converted as well; `config` is a Hugging Face folder of a model of its shape.
 
     The tokenizer's folder may hold the licence of the base, to copy. An `output` that was made from the same weights in
     the same number format is left as it is.
@@ -45,13 +48,13 @@ def to_hf(
         VerificationError: the export is not the save's model; no `output` is left.
     """
     log = console.logger(__name__)
-    parent = lineage.read(save)
+    source = Save(save, config)
+    parent = source.lineage()
     done = finished(output, "export", overwrite=overwrite)
     if done is not None:
         _check_same(output, done, parent, dtype)
         log.info("%s is there already, made from %s", output, save)
         return output
-    source = Save(save)
     words = hf_folder.read_tokenizer(tokenizer, source.model)
     with rundir.new_folder(output) as folder:
         hf_folder.write_weights(folder, _tensors(source), dtype)
@@ -63,7 +66,7 @@ def to_hf(
         lineage.write(folder, link)
         model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
         if verify:
-            verify_export(save, folder)
+            verify_export(save, folder, config)
     log.info("%s: %s, %s parameters", output, dtype, f"{source.model.num_parameters:,}")
     return output
 

@@ -54,15 +54,17 @@ class Report:
     """Largest absolute logit, as the scale of the difference."""
 
 
-def verify(save: Path, hf: Path) -> Report:
+def verify(save: Path, hf: Path, config: Path | None = None) -> Report:
     """Compare the export `hf` with the save it was made from; writes `verify.json` into `hf`.
+
+    `config` is as for `to_hf`.
 
     Raises:
         BadInput: one of the folders is not what it should be.
         VerificationError: they differ; the message says where. No `verify.json` remains.
     """
     try:
-        report = _compare(Save(save), hf)
+        report = _compare(Save(save, config), hf)
     except VerificationError:
         (hf / REPORT).unlink(missing_ok=True)
         raise

@@ -5,6 +5,7 @@ Run as a script this file is the two launches that the tests share: `single` and
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -170,6 +171,19 @@ def test_an_export_from_any_layout_is_the_same_file(layouts: Path, work: Path, t
         to_hf(layouts / layout, tmp_path / layout, work / "words", dtype="fp32", verify=False)
         exported = (tmp_path / layout / "model.safetensors").read_bytes()
         assert exported == (work / "base/model.safetensors").read_bytes()
+
+
+def test_a_plain_megatron_checkpoint_of_any_layout_is_exported(layouts: Path, work: Path, tmp_path: Path) -> None:
+    from megatron_octo.convert.save import find_save
+    from megatron_octo.convert.to_hf import to_hf
+
+    for layout in LAYOUTS:
+        save = find_save(work / "plain" / layout)
+        assert save.name == "iter_0000003"
+        out = to_hf(save, tmp_path / layout, work / "words", dtype="fp32", config=work / "base", verify=False)
+        assert (out / "model.safetensors").read_bytes() == (work / "base/model.safetensors").read_bytes()
+        link = lineage.read(out)
+        assert [(each.name, each.step) for each in link.chain()] == [("base", None), (layout, 3), (layout, 3)]
 
 
 def _randomise_norms(file: Path) -> None:
@@ -395,10 +409,15 @@ def _layouts(work: Path) -> dict[str, Any]:
             folder = work / "layouts" / name
             folder.mkdir(parents=True, exist_ok=True)
             dist_checkpointing.save(sharded_weights(chunks), str(folder))
+            plain = work / "plain" / name / "iter_0000003"
+            plain.mkdir(parents=True, exist_ok=True)
+            settings = {"args": argparse.Namespace(hidden_size=64), "iteration": 3, "checkpoint_version": 3.0}
+            dist_checkpointing.save(settings | sharded_weights(chunks), str(plain))
             if dist.get_rank() == 0:
                 rundir.write_json(folder / "model.json", to_dict(MODEL))
                 lineage.write(folder, lineage.Lineage(name=name, kind="train", weights_sha256=name, step=1))
                 rundir.mark_done(folder)
+                (plain.parent / "latest_checkpointed_iteration.txt").write_text("3")
             dist.barrier()
     dist.destroy_process_group()
     return {}

@@ -16,7 +16,7 @@ from megatron_octo.budget.ledger import LedgerRecord, SourceTokens
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
-from megatron_octo.convert import hf_folder, model_card
+from megatron_octo.convert import hf_folder, model_card, torch_dist
 from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
@@ -321,6 +321,50 @@ def test_a_run_folder_stands_for_its_last_whole_save(made: Path, tmp_path: Path)
     for torn in (rundir.step_folder(tmp_path, 10), tmp_path / "checkpoints", tmp_path / "absent"):
         with pytest.raises(BadInput):
             find_save(torn)
+
+
+def plain(folder: Path, num_rows: int) -> Path:
+    """A checkpoint as Megatron-LM leaves it: no model.json, and a vocabulary of `num_rows`."""
+
+    def piece(weight: mapping.Weight) -> torch_dist.Piece:
+        whole = mapping.stacked_shape(weight, replace(MODEL, vocab_size=num_rows))
+        shape = whole if weight.layer is None else (1, *whole[1:])
+        offset = (weight.layer or 0, *[0] * (len(whole) - 1))
+        generator = torch.Generator().manual_seed(1)
+        return torch_dist.Piece(
+            key=weight.key,
+            global_shape=whole,
+            offset=offset,
+            shape=shape,
+            dtype=torch.float32,
+            make=lambda: torch.randn(shape, generator=generator),
+        )
+
+    folder.mkdir(parents=True)
+    torch_dist.write(folder, list(map(piece, mapping.weights(replace(MODEL, vocab_size=num_rows)))))
+    return folder
+
+
+def test_padding_of_a_plain_checkpoints_vocabulary_is_left_out(made: Path, words: Path, tmp_path: Path) -> None:
+    save = plain(tmp_path / "run/iter_0000007", 128)
+    out = to_hf(save, tmp_path / "out", words, dtype="fp32", config=made / "base", verify=False)
+    tensors = load_file(out / "model.safetensors")
+    padded = torch_dist.Reader(save).read("output_layer.weight")
+    assert tensors["lm_head.weight"].shape == (32, 16) and torch.equal(tensors["lm_head.weight"], padded[:32])
+
+
+def test_a_plain_checkpoint_needs_settings_that_fit(made: Path, tmp_path: Path) -> None:
+    small = plain(tmp_path / "run/iter_0000007", 16)
+    with pytest.raises(BadInput, match=r"word_embeddings.weight is \(16, 16\), the model of .*base has \(32, 16\)"):
+        Save(small, made / "base")
+    with pytest.raises(BadInput, match="settings are a pickle") as caught:
+        Save(small)
+    assert "--config FOLDER" in caught.value.fix
+    with pytest.raises(BadInput, match="says itself which model"):
+        Save(made / "import", made / "base")
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("8")
+    with pytest.raises(BadInput, match=r"no folder .*iter_0000008"):
+        find_save(tmp_path / "run")
 
 
 def test_a_save_of_another_shape_than_its_model_json_says_is_refused(made: Path, tmp_path: Path) -> None:
