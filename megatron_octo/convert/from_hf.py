@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.convert import hf_folder, torch_dist
-from megatron_octo.convert.output import finished
+from megatron_octo.convert.output import check_room, finished
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
 from megatron_octo.model.weights import MODEL_FILE
@@ -43,6 +43,7 @@ def from_hf(hf: Path, output: Path, *, name: str = "", overwrite: bool = False) 
         log.info("%s is there already, made from %s", output, hf)
         return output
     pieces = list(_pieces(model, tensors))
+    check_room(output, sum(piece.num_bytes() for piece in pieces))
     with rundir.new_folder(output) as folder:
         torch_dist.write(folder, pieces)
         rundir.write_json(folder / MODEL_FILE, to_dict(model))

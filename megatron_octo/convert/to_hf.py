@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.train import ChatTemplate
 from megatron_octo.convert import hf_folder, model_card
-from megatron_octo.convert.output import finished
+from megatron_octo.convert.output import check_room, continued, finished, partial_folder
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import Save
 from megatron_octo.convert.verify import verify as verify_export
@@ -56,7 +56,10 @@ def to_hf(
         log.info("%s is there already, made from %s", output, save)
         return output
     words = hf_folder.read_tokenizer(tokenizer, source.model)
-    with rundir.new_folder(output) as folder:
+    there = sum(path.stat().st_size for path in partial_folder(output).glob(hf_folder.WEIGHT_FILES))
+    check_room(output, hf_folder.num_bytes(source.model, dtype) - there)
+    plan = {"weights_sha256": parent.weights_sha256, "dtype": dtype, "code": lineage.code_version()}
+    with continued(output, plan) as folder:
         hf_folder.write_weights(folder, _tensors(source), dtype)
         hf_folder.write_settings(folder, source.model, words, dtype)
         if chat_template == "plain":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,6 +311,90 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(words: Pat
     with pytest.raises(BadInput, match="no tokenizer"):
         random_base(replace(small, tokenizer=tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_too_small_a_disk_is_told_before_anything_is_written(
+    made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    needed, disk = 4 * MODEL.num_parameters, namedtuple("Usage", "free")
+    before = snapshot(tmp_path)
+
+    def convert() -> None:
+        if way == "in":
+            from_hf(made / "base", tmp_path / "import")
+        else:
+            to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=False)
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(needed - 1))
+    with pytest.raises(BadInput, match="are free"):
+        convert()
+    assert snapshot(tmp_path) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(needed))
+    convert()
+
+
+def test_files_that_a_killed_export_finished_are_kept(
+    made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_folder.write_weights, "__kwdefaults__", {"max_file_bytes": 4096})
+    read, reads = Save.read, 0
+
+    def kill(self: Save, key: str, layer: int | None = None) -> torch.Tensor:
+        nonlocal reads
+        reads += 1
+        if reads == 9:
+            raise KeyboardInterrupt
+        return read(self, key, layer)
+
+    def export(dtype: Dtype = "fp32") -> Path:
+        return to_hf(made / "import", tmp_path / "out", words, dtype=dtype, verify=False)
+
+    monkeypatch.setattr(Save, "read", kill)
+    with pytest.raises(KeyboardInterrupt):
+        export()
+    assert not (tmp_path / "out").exists()
+    kept = {path.name: path.stat().st_ino for path in (tmp_path / ".out.partial").glob("*.safetensors")}
+    assert kept
+    monkeypatch.setattr(Save, "read", read)
+    out = export()
+    assert {name: (out / name).stat().st_ino for name in kept} == kept
+    assert not (tmp_path / ".out.partial").exists()
+    assert load_folder(out).keys() == load_folder(made / "base").keys()
+    for name, tensor in load_folder(made / "base").items():
+        assert torch.equal(load_folder(out)[name], tensor)
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_what_a_killed_export_of_another_format_left_is_not_used(made: Path, words: Path, tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    rundir.write_json(partial / "plan.json", {"dtype": "fp16"})
+    (partial / "model.safetensors").write_bytes(b"of another format")
+    out = to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=False)
+    assert (out / "model.safetensors").read_bytes() == (made / "base/model.safetensors").read_bytes()
+    assert not (out / "plan.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_weight_file_that_is_missing_or_cut_off_is_refused(base: Path, tmp_path: Path, damage: str) -> None:
+    weights = hf_folder.Weights(base)
+    tensors = [Named(name=n, shape=s, make=lambda n=n: weights.read(n)) for n, s in weights.shapes.items()]
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    shutil.copy(base / "config.json", sharded)
+    hf_folder.write_weights(sharded, tensors, "fp32", max_file_bytes=4096)
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(BadInput, match=f"{victim.name} cannot be read"):
+        from_hf(sharded, tmp_path / "import")
+    assert not list(tmp_path.glob("*import*"))
 
 
 def test_a_run_folder_stands_for_its_last_whole_save(made: Path, tmp_path: Path) -> None:
