@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 REPORT = "verify.json"
 POSITIONS = 1024
 MAX_LOGIT_DIFFERENCE = 1e-4
+MAX_MEAN_KL = 1e-9
 MAX_RELATIVE_DIFFERENCE = 1e-5
 """Of the largest logit; tells more than the bar above where all logits are small, as those of a random model."""
 TIE = 1e-5
@@ -49,7 +50,7 @@ class Report:
     num_argmax_differences: int
     """Positions at which the models choose another token, ties apart; the bar is 0."""
     mean_kl: float
-    """Mean Kullback-Leibler divergence of Megatron's prediction from Hugging Face's, nats."""
+    """Mean Kullback-Leibler divergence of Megatron's prediction from Hugging Face's, nats; the bar is 1e-9."""
     max_logit: float
     """Largest absolute logit, as the scale of the difference."""
 
@@ -97,6 +98,8 @@ def _compare(source: Save, hf: Path) -> Report:
         failures.append(f"logits differ by up to {report.max_logit_difference:.3g} (bar {bar:.3g})")
     if report.num_argmax_differences:
         failures.append(f"the most likely token differs at {report.num_argmax_differences} positions")
+    if not report.mean_kl <= MAX_MEAN_KL:
+        failures.append(f"KL is {report.mean_kl:.3g} (bar {MAX_MEAN_KL:.0e})")
     if failures:
         raise VerificationError(
             f"{hf} is not the model of {source.folder}: {'; '.join(failures)}, over {report.num_positions:,} positions",

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_octo.config.load import load_recipe
 from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
+from tests.conftest import REPOSITORY
 
 MODEL = ModelConfig(
     hidden_size=24,
@@ -78,154 +81,54 @@ def test_transformers_and_we_read_each_others_qwen_configs(model: ModelConfig) -
     assert mapping.model_config_from_hf(read.to_dict()) == model
 
 
-SIZES = {
-    "Llama-3.2-1B": (
-        1_235_814_400,
-        hf_dict(
-            ModelConfig(
-                hidden_size=2048,
-                num_layers=16,
-                num_heads=32,
-                num_kv_heads=8,
-                ffn_size=8192,
-                vocab_size=128_256,
-                tied_embeddings=True,
-                rope_factor=32.0,
-                max_positions=131_072,
-            )
-        ),
-    ),
-    "Llama-3.2-3B": (
-        3_212_749_824,
-        hf_dict(
-            ModelConfig(
-                hidden_size=3072,
-                num_layers=28,
-                num_heads=24,
-                num_kv_heads=8,
-                ffn_size=8192,
-                vocab_size=128_256,
-                tied_embeddings=True,
-                rope_factor=32.0,
-                max_positions=131_072,
-            )
-        ),
-    ),
-    "Llama-3.1-8B": (
-        8_030_261_248,
-        hf_dict(
-            ModelConfig(
-                hidden_size=4096,
-                num_layers=32,
-                num_heads=32,
-                num_kv_heads=8,
-                ffn_size=14_336,
-                vocab_size=128_256,
-                tied_embeddings=False,
-                rope_factor=8.0,
-                max_positions=131_072,
-            )
-        ),
-    ),
-    "Llama-3.1-70B": (
-        70_553_706_496,
-        hf_dict(
-            ModelConfig(
-                hidden_size=8192,
-                num_layers=80,
-                num_heads=64,
-                num_kv_heads=8,
-                ffn_size=28_672,
-                vocab_size=128_256,
-                tied_embeddings=False,
-                rope_factor=8.0,
-                max_positions=131_072,
-            )
-        ),
-    ),
-    "Qwen2.5-1.5B": (
-        1_543_714_304,
-        hf_dict(
-            ModelConfig(
-                hidden_size=1536,
-                num_layers=28,
-                num_heads=12,
-                num_kv_heads=2,
-                ffn_size=8960,
-                vocab_size=151_936,
-                tied_embeddings=True,
-                qkv_bias=True,
-                rope_theta=1e6,
-                norm_eps=1e-6,
-                max_positions=131_072,
-            )
-        ),
-    ),
-    "Qwen2.5-7B": (
-        7_615_616_512,
-        hf_dict(
-            ModelConfig(
-                hidden_size=3584,
-                num_layers=28,
-                num_heads=28,
-                num_kv_heads=4,
-                ffn_size=18_944,
-                vocab_size=152_064,
-                tied_embeddings=False,
-                qkv_bias=True,
-                rope_theta=1e6,
-                norm_eps=1e-6,
-                max_positions=131_072,
-            )
-        ),
-    ),
-    "Qwen3-0.6B": (
-        596_049_920,
-        hf_dict(
-            ModelConfig(
-                hidden_size=1024,
-                num_layers=28,
-                num_heads=16,
-                num_kv_heads=8,
-                ffn_size=3072,
-                vocab_size=151_936,
-                tied_embeddings=True,
-                qk_norm=True,
-                head_dim=128,
-                rope_theta=1e6,
-                norm_eps=1e-6,
-                max_positions=40_960,
-            )
-        ),
-    ),
-    "Qwen3-8B": (
-        8_190_735_360,
-        hf_dict(
-            ModelConfig(
-                hidden_size=4096,
-                num_layers=36,
-                num_heads=32,
-                num_kv_heads=8,
-                ffn_size=12_288,
-                vocab_size=151_936,
-                tied_embeddings=False,
-                qk_norm=True,
-                head_dim=128,
-                rope_theta=1e6,
-                norm_eps=1e-6,
-                max_positions=40_960,
-            )
-        ),
-    ),
+LLAMA_70B = ModelConfig(
+    hidden_size=8192,
+    num_layers=80,
+    num_heads=64,
+    num_kv_heads=8,
+    ffn_size=28_672,
+    vocab_size=128_256,
+    tied_embeddings=False,
+    rope_factor=8.0,
+    max_positions=131_072,
+)
+QWEN3_8B = ModelConfig(
+    hidden_size=4096,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    ffn_size=12_288,
+    vocab_size=151_936,
+    tied_embeddings=False,
+    qk_norm=True,
+    head_dim=128,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    max_positions=40_960,
+)
+QWEN3_SMALL = replace(QWEN3_8B, hidden_size=1024, num_layers=28, num_heads=16, ffn_size=3072, tied_embeddings=True)
+PUBLISHED = {
+    "llama32_1b": (1_235_814_400, 32.0),
+    "llama32_3b": (3_212_749_824, 32.0),
+    "llama31_8b": (8_030_261_248, 8.0),
+    LLAMA_70B: (70_553_706_496, 8.0),
+    "qwen25_1_5b": (1_543_714_304, None),
+    "qwen25_7b": (7_615_616_512, None),
+    QWEN3_SMALL: (596_049_920, None),
+    QWEN3_8B: (8_190_735_360, None),
 }
+"""Recipe or model -> (parameters, factor of the rotary scaling)."""
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_published_models_have_their_published_number_of_parameters(name: str) -> None:
-    published, config = SIZES[name]
-    model = mapping.model_config_from_hf(config)
-    assert model.num_parameters == sum(prod(shape) for shape in mapping.hf_shapes(model).values()) == published
-    assert model.rope_factor == {"Llama-3.2": 32.0, "Llama-3.1": 8.0}.get(name.rpartition("-")[0])
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_published_models_have_their_published_number_of_parameters(source: str | ModelConfig) -> None:
+    num_parameters, factor = PUBLISHED[source]
+    if isinstance(source, str):
+        recipe = f"{REPOSITORY / 'recipes' / source}.py:stable_200b"
+        source = load_recipe(recipe, MidTrainConfig).model
+    model = mapping.model_config_from_hf(hf_dict(source))
+    assert model == source and model.rope_factor == factor
+    assert model.num_parameters == sum(prod(shape) for shape in mapping.hf_shapes(model).values()) == num_parameters
 
 
 def test_biases_are_joined_group_by_group_as_their_matrices_are() -> None:
