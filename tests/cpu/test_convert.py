@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,14 @@ def test_transformers_qwen_gives_its_logits_in_megatron_and_returns_unchanged(
     assert report["num_argmax_differences"] == 0 and report["max_logit_difference"] <= 1e-4 and report["mean_kl"] < 1e-9
     first, second = ((work / f"{name}{end}/model.safetensors").read_bytes() for end in ("", "-export"))
     assert first == second
+
+
+def test_where_memory_is_short_the_logits_are_compared_layer_by_layer(single: dict[str, Any]) -> None:
+    streamed, whole = single["streamed"], single["verified"]["fp32"]
+    assert streamed["streamed"] and not whole["streamed"]
+    assert streamed["max_logit"] == pytest.approx(whole["max_logit"], rel=1e-6)
+    assert streamed["max_logit_difference"] <= 1e-6 * streamed["max_logit"]
+    assert "logits differ" in single["streamed mistake"]["raised"]
 
 
 MISTAKES = (
@@ -216,6 +224,7 @@ def _launch(launcher: list[str], what: str, work: Path) -> dict[str, Any]:
 
 
 def _single(work: Path) -> dict[str, Any]:
+    from megatron_octo.convert import verify as verify_module
     from megatron_octo.convert.to_hf import to_hf
 
     verified = {}
@@ -223,12 +232,24 @@ def _single(work: Path) -> dict[str, Any]:
         to_hf(work / "import", work / dtype, work / "words", dtype=dtype)
         verified[dtype] = rundir.read_json(work / dtype / "verify.json")
     mistakes = {}
+    with _patched(verify_module, _available_bytes=lambda: 0):
+        streamed = asdict(verify_module.verify(work / "import", work / "fp32"))
+        swapped = next(make for name, make in _mistakes().items() if name == "heads swapped")
+        with swapped():
+            mistake = _attempt(lambda: to_hf(work / "import", work / "wrong", work / "words"), work / "wrong")
     for name, make in _mistakes().items():
         with make():
             mistakes[name] = _attempt(
                 lambda: to_hf(work / "import", work / "wrong", work / "words", dtype="fp32"), work / "wrong"
             )
-    found = {"families": _families(work), "verified": verified, "mistakes": mistakes, "changed": _changed(work)}
+    found = {
+        "streamed": streamed,
+        "streamed mistake": mistake,
+        "families": _families(work),
+        "verified": verified,
+        "mistakes": mistakes,
+        "changed": _changed(work),
+    }
     return found | ({"stories": _stories(work)} if STORIES.is_dir() else {})
 
 
