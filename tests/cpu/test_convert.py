@@ -115,10 +115,11 @@ def test_transformers_qwen_gives_its_logits_in_megatron_and_returns_unchanged(
 
 
 def test_where_memory_is_short_the_logits_are_compared_layer_by_layer(single: dict[str, Any]) -> None:
-    streamed, whole = single["streamed"], single["verified"]["fp32"]
-    assert streamed["streamed"] and not whole["streamed"]
-    assert streamed["max_logit"] == pytest.approx(whole["max_logit"], rel=1e-6)
-    assert streamed["max_logit_difference"] <= 1e-6 * streamed["max_logit"]
+    whole = {"llama": single["verified"]["fp32"], **single["families"]}
+    for name, streamed in single["streamed"].items():
+        assert streamed["streamed"] and not whole[name]["streamed"]
+        assert streamed["max_logit"] == pytest.approx(whole[name]["max_logit"], rel=1e-6)
+        assert streamed["max_logit_difference"] <= 1e-5 * streamed["max_logit"]
     assert "logits differ" in single["streamed mistake"]["raised"]
 
 
@@ -227,13 +228,16 @@ def _single(work: Path) -> dict[str, Any]:
     from megatron_octo.convert import verify as verify_module
     from megatron_octo.convert.to_hf import to_hf
 
-    verified = {}
+    verified, families = {}, _families(work)
     for dtype in ("fp32", "bf16"):
         to_hf(work / "import", work / dtype, work / "words", dtype=dtype)
         verified[dtype] = rundir.read_json(work / dtype / "verify.json")
     mistakes = {}
     with _patched(verify_module, _available_bytes=lambda: 0):
-        streamed = asdict(verify_module.verify(work / "import", work / "fp32"))
+        streamed = {"llama": asdict(verify_module.verify(work / "import", work / "fp32"))} | {
+            name: asdict(verify_module.verify(work / f"{name}-import", work / f"{name}-export"))
+            for name in ("qwen2", "qwen3-tied")
+        }
         swapped = next(make for name, make in _mistakes().items() if name == "heads swapped")
         with swapped():
             mistake = _attempt(lambda: to_hf(work / "import", work / "wrong", work / "words"), work / "wrong")
@@ -245,7 +249,7 @@ def _single(work: Path) -> dict[str, Any]:
     found = {
         "streamed": streamed,
         "streamed mistake": mistake,
-        "families": _families(work),
+        "families": families,
         "verified": verified,
         "mistakes": mistakes,
         "changed": _changed(work),
