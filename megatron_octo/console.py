@@ -153,6 +153,20 @@ def meter(title: str, total: float) -> Iterator[Callable[[float, str], None]]:
     yield show
 
 
+@contextlib.contextmanager
+def byte_meter(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """As `meter`, of bytes: yield a function of how many more are done."""
+    done = 0
+    with meter(title, total) as show:
+
+        def more(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            show(num_bytes, f"{size(done)} of {size(total)}")
+
+        yield more
+
+
 def duration(seconds: float) -> str:
     """`2d04h`, `3h05m`, `4m10s` or `7.3s`."""
     if seconds < 60:

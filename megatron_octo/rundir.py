@@ -105,7 +105,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def temporary_folder(path: Path) -> Path:
     """Make an empty folder for what is to be `path`; what killed attempts at `path` left goes first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_stale(path)
+    clear_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -124,7 +124,7 @@ def publish(temporary: Path, path: Path) -> None:
     _sync_folder(path.parent)
 
 
-def _clear_stale(path: Path) -> None:
+def clear_stale(path: Path) -> None:
     """Remove what killed attempts at `path` left, but first put back a result that one had just moved away."""
     for old in path.parent.glob(f".{path.name}.*.old"):
         if path.exists():

@@ -16,6 +16,7 @@ from megatron_octo.errors import BadInput
 if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
     from megatron_octo.config.pipeline import RandomBaseConfig
+    from megatron_octo.config.train import ChatTemplate
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,13 +31,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = options.add_subparsers(dest="command", required=True, metavar="from-hf | to-hf | verify | random-base")
 
     importing = commands.add_parser("from-hf", help="a Hugging Face folder -> a base that training starts from")
-    importing.add_argument("hf", metavar="HF", type=Path, help="folder with config.json and safetensors")
+    importing.add_argument(
+        "hf", metavar="HF", help="folder with config.json and safetensors, or a model's name on the Hub: owner/name"
+    )
     importing.add_argument("output", metavar="OUT", type=Path, help="folder to write")
+    importing.add_argument("--revision", help="of a model on the Hub: commit, tag or branch (main)")
     importing.set_defaults(run=_from_hf)
 
     exporting = commands.add_parser("to-hf", help="a save -> a Hugging Face folder, verified")
     exporting.add_argument(
-        "save", metavar="SAVE", type=Path, help="a save's folder, a run folder (its last save), or an imported base"
+        "save",
+        metavar="SAVE",
+        type=Path,
+        help="a save's folder, a run folder (its last save), an imported base, or a plain Megatron checkpoint",
     )
     exporting.add_argument(
         "output", metavar="OUT", type=Path, nargs="?", help="folder to write; of a save in a run: its hf/step_XXXXXXXX"
@@ -45,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", type=Path, help="tokenizer folder to copy; of a save in a run: the one it trained with"
     )
     exporting.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), default="bf16", help="number format (bf16)")
+    exporting.add_argument(
+        "--chat-template",
+        choices=("plain", "own"),
+        help="User: and Assistant: lines, or the tokenizer's (the recipe's)",
+    )
     exporting.add_argument("--skip-verify", action="store_true", help="do not compare the result with the save")
     exporting.set_defaults(run=_to_hf)
 
@@ -52,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     verifying.add_argument("save", metavar="SAVE", type=Path, help="as for to-hf")
     verifying.add_argument("hf", metavar="HF", type=Path, help="the export")
     verifying.set_defaults(run=_verify)
+
+    for each in (exporting, verifying):
+        each.add_argument(
+            "--config", metavar="HF", type=Path, help="of a plain Megatron checkpoint: a folder of a model of its shape"
+        )
 
     random = commands.add_parser("random-base", help="a base model of random weights in Hugging Face format")
     random.add_argument("recipe", metavar="RECIPE", help="path.py:function, or JSON, of a RandomBaseConfig or pipeline")
@@ -70,13 +87,15 @@ def _parser() -> argparse.ArgumentParser:
 def _from_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import hf_folder
     from megatron_octo.convert.from_hf import from_hf
+    from megatron_octo.convert.hub_model import folder_of
 
-    model = hf_folder.read_model_config(own.hf)
+    hf = folder_of(own.hf, own.revision)
+    model = hf_folder.read_model_config(hf)
     if own.dry_run:
-        hf_folder.Weights(own.hf).check(model)
+        hf_folder.Weights(hf).check(model)
     else:
-        from_hf(own.hf, own.output, overwrite=own.overwrite)
-    _say(own, model, output=own.output, source=own.hf)
+        from_hf(hf, own.output, name=Path(own.hf).name, overwrite=own.overwrite)
+    _say(own, model, output=own.output, source=hf)
 
 
 def _to_hf(own: argparse.Namespace) -> None:
@@ -86,12 +105,21 @@ def _to_hf(own: argparse.Namespace) -> None:
 
     folder = find_save(own.save)
     output = own.output or _default_output(folder)
-    tokenizer = own.tokenizer or _default_tokenizer(folder)
-    source = Save(folder)
+    tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
+    source = Save(folder, own.config)
     if own.dry_run:
         read_tokenizer(tokenizer, source.model)
     else:
-        to_hf(folder, output, tokenizer, dtype=own.dtype, verify=not own.skip_verify, overwrite=own.overwrite)
+        to_hf(
+            folder,
+            output,
+            tokenizer,
+            dtype=own.dtype,
+            config=own.config,
+            chat_template=own.chat_template or _default_template(folder),
+            verify=not own.skip_verify,
+            overwrite=own.overwrite,
+        )
     _say(own, source.model, output=output, source=folder, tokenizer=tokenizer, dtype=own.dtype)
 
 
@@ -101,9 +129,9 @@ def _verify(own: argparse.Namespace) -> None:
 
     folder = find_save(own.save)
     if own.dry_run:
-        _say(own, Save(folder).model, output=own.hf / "verify.json", source=folder)
+        _say(own, Save(folder, own.config).model, output=own.hf / "verify.json", source=folder)
         return
-    report = verify(folder, own.hf)
+    report = verify(folder, own.hf, own.config)
     if own.json:
         console.emit_json(asdict(report))
     else:
@@ -147,6 +175,14 @@ def _default_tokenizer(save: Path) -> Path:
     if not config.exists():
         raise BadInput(f"{save} does not say which tokenizer it was trained with", fix="give --tokenizer FOLDER")
     return Path(rundir.read_json(config)["data"]["tokenizer"])
+
+
+def _default_template(save: Path) -> ChatTemplate:
+    """What the recipe of a run says; plain for an import."""
+    config = save / "config.json"
+    recipe = rundir.read_json(config) if config.exists() else {}
+    template: ChatTemplate = recipe.get("save", {}).get("chat_template", "plain")
+    return template
 
 
 def _say(own: argparse.Namespace, model: ModelConfig, **facts: Any) -> None:

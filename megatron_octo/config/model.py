@@ -1,4 +1,7 @@
-"""The shape of a Llama-like model. Names are this project's; `model/mapping.py` has the other two vocabularies."""
+"""The shape of a model: Llama, Qwen2.5 or Qwen3.
+
+Names are this project's; `model/mapping.py` has the other two vocabularies.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,8 @@ class ModelConfig(Settings):
     """Whether the output layer is the embedding."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias (Qwen2.5), which Llama's have not."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys pass an RMSNorm before the rotation (Qwen3)."""
     head_dim: int = 0
     """Width of one head; 0 means hidden_size / num_heads."""
     rope_theta: float = 500_000.0
@@ -65,6 +70,7 @@ class ModelConfig(Settings):
         h, d = self.hidden_size, self.head_dim
         attention = h * d * (2 * self.num_heads + 2 * self.num_kv_heads)
         bias = d * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
-        layer = attention + bias + 3 * h * self.ffn_size + 2 * h
+        norms = 2 * h + (2 * d if self.qk_norm else 0)
+        layer = attention + bias + 3 * h * self.ffn_size + norms
         embeddings = self.vocab_size * h * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + h

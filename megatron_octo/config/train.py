@@ -189,6 +189,9 @@ class ComputeConfig(Settings):
     """Record each layer's kernels once and replay them; needs a GPU and Transformer Engine."""
 
 
+ChatTemplate = Literal["plain", "own"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveConfig(Settings):
     """When to save and what to keep. Several intervals may be given; the last step always saves."""
@@ -203,6 +206,8 @@ class SaveConfig(Settings):
     """Saves to keep; the last step's save always stays."""
     keep_every_tokens: int | None = None
     """Keep for good, besides, the first save at or after each multiple of so many tokens: branches may start there."""
+    chat_template: ChatTemplate = "plain"
+    """Of the exports made from these saves: `plain` (`User:` and `Assistant:`), or `own`, the tokenizer's."""
 
     def __post_init__(self) -> None:
         intervals = ("every_steps", "every_tokens", "every_minutes")

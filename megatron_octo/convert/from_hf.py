@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.convert import hf_folder, torch_dist
-from megatron_octo.convert.output import finished
+from megatron_octo.convert.output import check_room, finished
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
 from megatron_octo.model.weights import MODEL_FILE
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
 
 
-def from_hf(hf: Path, output: Path, *, overwrite: bool = False) -> Path:
-    """Convert the Hugging Face folder `hf` into `output`; returns `output`.
+def from_hf(hf: Path, output: Path, *, name: str = "", overwrite: bool = False) -> Path:
+    """Convert the Hugging Face folder `hf` into `output`; returns `output`. `name` is the base's, for its lineage.
 
     An `output` that was made from the same weights is left as it is.
 
@@ -35,7 +35,7 @@ def from_hf(hf: Path, output: Path, *, overwrite: bool = False) -> Path:
     model = hf_folder.read_model_config(hf)
     tensors = hf_folder.Weights(hf)
     tensors.check(model)
-    parent = _parent(hf)
+    parent = _parent(hf, name)
     done = finished(output, "import", overwrite=overwrite)
     if done is not None:
         if done.parent is None or done.parent.weights_sha256 != parent.weights_sha256:
@@ -43,6 +43,7 @@ def from_hf(hf: Path, output: Path, *, overwrite: bool = False) -> Path:
         log.info("%s is there already, made from %s", output, hf)
         return output
     pieces = list(_pieces(model, tensors))
+    check_room(output, sum(piece.num_bytes() for piece in pieces))
     with rundir.new_folder(output) as folder:
         torch_dist.write(folder, pieces)
         rundir.write_json(folder / MODEL_FILE, to_dict(model))
@@ -52,12 +53,12 @@ def from_hf(hf: Path, output: Path, *, overwrite: bool = False) -> Path:
     return output
 
 
-def _parent(hf: Path) -> lineage.Lineage:
+def _parent(hf: Path, name: str) -> lineage.Lineage:
     digest = rundir.sha256_folder(hf, hf_folder.WEIGHT_FILES)
     known = lineage.read_if_present(hf)
     if known is not None and known.weights_sha256 == digest:
         return known
-    return lineage.Lineage(name=hf.resolve().name, kind="base", weights_sha256=digest)
+    return lineage.Lineage(name=name or hf.resolve().name, kind="base", weights_sha256=digest)
 
 
 def _pieces(model: ModelConfig, tensors: hf_folder.Weights) -> Iterator[torch_dist.Piece]:

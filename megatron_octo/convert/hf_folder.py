@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ from megatron_octo.convert import safetensors_file
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
-from megatron_octo.rundir import read_json, write_json
+from megatron_octo.rundir import read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,17 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+
+CHAT_TEMPLATE = "chat_template.jinja"
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- set names = {"user": "User", "assistant": "Assistant", "system": "System"} %}
+{%- for message in messages %}
+{{- "" if loop.first else "\\n" }}{{- names[message["role"]] + ":" + message["content"] }}
+{%- endfor %}
+{{- "\\nAssistant:" if add_generation_prompt }}"""
+"""Turns as `User:` and `Assistant:` on lines of their own, as the template `chat` of `octo data` writes them."""
 
 
 class Weights:
@@ -126,7 +137,10 @@ class Weights:
 def write_weights(
     folder: Path, tensors: Iterable[Named], dtype: Dtype, *, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """Write safetensors: one file, or numbered ones with an index where they would exceed `max_file_bytes`."""
+    """Write safetensors: one file, or numbered ones with an index where they would exceed `max_file_bytes`.
+
+    A file that is in `folder` already is whole, and stays.
+    """
     import torch
 
     torch_dtype: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
@@ -140,17 +154,21 @@ def write_weights(
         files[-1].append(tensor)
         room, total = room - size, total + size
     weight_map: dict[str, str] = {}
-    with console.meter(f"write {folder.name}", total) as show:
+    with console.byte_meter("write weights", total) as show:
         for number, group in enumerate(files, start=1):
             file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            safetensors_file.write(folder / file, group, torch_dtype, wrote=_beside(show, f"{number} of {len(files)}"))
+            if (folder / file).exists():
+                show(sum(each.num_bytes(torch_dtype) for each in group))
+            else:
+                safetensors_file.write(folder / file, group, torch_dtype, wrote=show)
             weight_map |= {each.name: file for each in group}
     if len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _beside(show: Callable[[float, str], None], remark: str) -> Callable[[float], None]:
-    return lambda size: show(size, remark)
+def num_bytes(model: ModelConfig, dtype: Dtype) -> int:
+    """What the weights of a model take in `dtype`."""
+    return model.num_parameters * (4 if dtype == "fp32" else 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +220,14 @@ def write_settings(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype
     stated = {f"{name}_token_id": value for name, value in ids.items() if value is not None}
     write_json(folder / GENERATION, stated)
     tokenizer.copy_to(folder)
+
+
+def write_plain_template(folder: Path) -> None:
+    """Give the tokenizer in `folder` the plain chat template, in place of its own."""
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        write_json(settings, {name: value for name, value in read_json(settings).items() if name != "chat_template"})
+    write_atomic(folder / CHAT_TEMPLATE, PLAIN_TEMPLATE)
 
 
 def read_model_config(folder: Path) -> ModelConfig:

@@ -31,7 +31,7 @@ def random_base(config: RandomBaseConfig, *, overwrite: bool = False) -> Path:
     """Write the model that `config` describes, in fp32; returns its folder.
 
     Matrices are normal with `model.init_std`, those that write to the residual stream with
-    init_std / sqrt(2 * num_layers), as megatron initialises them; norms are 1. The same seed gives the
+    init_std / sqrt(2 * num_layers), as megatron initialises them; norms are 1, biases 0. The same seed gives the
     same weights.
 
     Raises:
@@ -75,7 +75,9 @@ def _tensors(model: ModelConfig, seed: int) -> Iterator[Named]:
     for name, shape in mapping.hf_shapes(model).items():
         std = model.init_std / (2 * model.num_layers) ** 0.5 if name.endswith(RESIDUAL) else model.init_std
 
-        def make(shape: tuple[int, ...] = shape, std: float = std) -> torch.Tensor:
-            return torch.ones(shape) if len(shape) == 1 else normal(shape, std)
+        def make(name: str = name, shape: tuple[int, ...] = shape, std: float = std) -> torch.Tensor:
+            if len(shape) > 1:
+                return normal(shape, std)
+            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
 
         yield Named(name=name, shape=shape, make=make)

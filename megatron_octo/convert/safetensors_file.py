@@ -36,7 +36,7 @@ class Named:
         return size
 
 
-def write(path: Path, tensors: Sequence[Named], dtype: torch.dtype, *, wrote: Callable[[float], None]) -> None:
+def write(path: Path, tensors: Sequence[Named], dtype: torch.dtype, *, wrote: Callable[[int], None]) -> None:
     """Write the tensors in `dtype`, made in the order given; `path` appears when it is whole.
 
     `wrote` hears of bytes as they are written.

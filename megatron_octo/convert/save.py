@@ -1,14 +1,15 @@
-"""A save, or an imported base: which folder it is, what model it holds, its weights by key and layer."""
+"""A save, an imported base, or a plain Megatron checkpoint: which folder it is, what model it holds, its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_octo import rundir
+from megatron_octo import lineage, rundir
 from megatron_octo.config.base import read_settings
 from megatron_octo.config.model import ModelConfig
-from megatron_octo.convert.torch_dist import Reader
+from megatron_octo.convert.hf_folder import read_model_config
+from megatron_octo.convert.torch_dist import FORMAT_FILE, WEIGHT_FILES, Reader
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
 from megatron_octo.model.weights import MODEL_FILE
@@ -17,13 +18,17 @@ if TYPE_CHECKING:
     import torch
 
 STEPS = "checkpoints/step_*"
+LATEST = "latest_checkpointed_iteration.txt"
+"""Of Megatron-LM, beside its iter_XXXXXXX folders."""
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Tensors that have a row for each id; Megatron-LM pads them."""
 
 
 def find_save(path: Path) -> Path:
-    """The folder of a save: `path` itself, or the last whole save of the run folder `path`.
+    """The folder of a save: `path` itself, or the last whole save of the run folder or Megatron-LM's folder `path`.
 
     Raises:
-        BadInput: neither.
+        BadInput: it is none of these.
     """
     if not path.is_dir():
         raise BadInput(f"no folder {path}", fix="give a run folder, one of its checkpoints/step_*, or an imported base")
@@ -31,6 +36,11 @@ def find_save(path: Path) -> Path:
         if not rundir.is_done(path):
             raise BadInput(f"save {path} is torn: it has no {rundir.DONE}", fix="give another save")
         return path
+    if (path / FORMAT_FILE).exists():
+        return path
+    if (path / LATEST).exists():
+        latest = (path / LATEST).read_text().strip()
+        return find_save(path / (f"iter_{int(latest):07d}" if latest.isdigit() else latest))
     whole = sorted(step for step in path.glob(STEPS) if rundir.is_done(step))
     if not whole:
         raise BadInput(f"{path} has no whole save in {STEPS}", fix="train first, or give another folder")
@@ -38,16 +48,27 @@ def find_save(path: Path) -> Path:
 
 
 class Save:
-    """The weights of one save, read one at a time; the optimizer's state is left alone."""
+    """The weights of one save, read one at a time; the optimizer's state is left alone.
 
-    def __init__(self, folder: Path) -> None:
-        """Read the index and compare it with the model.
+    Rows of padding that Megatron-LM adds to a plain checkpoint's vocabulary are left out.
+    """
+
+    def __init__(self, folder: Path, config: Path | None = None) -> None:
+        """Read the index and compare it with the model: that of model.json, or of the Hugging Face folder `config`.
 
         Raises:
-            BadInput: not a save, or its tensors are not those of the model in its model.json.
+            BadInput: not a save, or its tensors are not those of the model; `config` is missing, or one too many.
         """
-        self.folder = folder
-        self.model = read_settings(ModelConfig, folder / MODEL_FILE)
+        self.folder, self._config = folder, config
+        own = (folder / MODEL_FILE).exists()
+        if own and config is not None:
+            raise BadInput(f"{folder} says itself which model it holds", fix="leave --config out")
+        if not own and config is None:
+            raise BadInput(
+                f"{folder} has no {MODEL_FILE}: it is a plain Megatron checkpoint, whose settings are a pickle",
+                fix="give --config FOLDER, a Hugging Face folder of a model of this shape",
+            )
+        self.model = read_model_config(config) if config else read_settings(ModelConfig, folder / MODEL_FILE)
         self._reader = Reader(folder)
         self._keys = set(self._reader.keys())
         for weight in mapping.weights(self.model):
@@ -56,7 +77,21 @@ class Save:
     def read(self, key: str, layer: int | None = None) -> torch.Tensor:
         """Megatron's tensor `key`, of layer `layer` where it is one of the layers'."""
         per_layer = _per_layer(key, layer)
-        return self._reader.read(per_layer) if per_layer in self._keys else self._reader.read(key, layer)
+        tensor = self._reader.read(per_layer) if per_layer in self._keys else self._reader.read(key, layer)
+        return tensor[: self.model.vocab_size] if key in VOCABULARY else tensor
+
+    def lineage(self) -> lineage.Lineage:
+        """That of the save; of a plain checkpoint, what its folder's name and `config` tell."""
+        if self._config is None:
+            return lineage.read(self.folder)
+        digits = self.folder.name.removeprefix("iter_")
+        return lineage.Lineage(
+            name=self.folder.resolve().parent.name,
+            kind="train",
+            weights_sha256=rundir.sha256_folder(self.folder, WEIGHT_FILES),
+            step=int(digits) if digits.isdigit() else None,
+            parent=lineage.Lineage(name=self._config.resolve().name, kind="base", weights_sha256=""),
+        )
 
     def _check(self, weight: mapping.Weight) -> None:
         per_layer = _per_layer(weight.key, weight.layer)
@@ -64,10 +99,11 @@ class Save:
         if per_layer in self._keys:
             key, shape = per_layer, weight.shape
         found = self._reader.shape(key)
-        if found != shape:
+        padded = self._config is not None and key in VOCABULARY and found[1:] == shape[1:] and found[0] > shape[0]
+        if found != shape and not padded:
             raise BadInput(
-                f"{self.folder}: {key} is {found}, the model of {MODEL_FILE} has {shape}",
-                fix="do not edit a save's files; take another save",
+                f"{self.folder}: {key} is {found}, the model of {self._config or MODEL_FILE} has {shape}",
+                fix="give --config of this model" if self._config else "do not edit a save's files; take another save",
             )
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_octo import console, lineage, rundir
-from megatron_octo.convert import hf_folder
-from megatron_octo.convert.output import finished
+from megatron_octo.config.train import ChatTemplate
+from megatron_octo.convert import hf_folder, model_card
+from megatron_octo.convert.output import check_room, continued, finished, partial_folder
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import Save
 from megatron_octo.convert.verify import verify as verify_export
@@ -22,8 +23,6 @@ from megatron_octo.model import mapping
 if TYPE_CHECKING:
     import torch
 
-CARD = "README.md"
-
 
 def to_hf(
     save: Path,
@@ -31,12 +30,17 @@ def to_hf(
     tokenizer: Path,
     *,
     dtype: hf_folder.Dtype = "bf16",
+    config: Path | None = None,
+    chat_template: ChatTemplate = "plain",
     verify: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Convert the save in `save` (a step's folder, or an imported base) into `output`; returns `output`.
 
-    An `output` that was made from the same weights in the same number format is left as it is.
+    A plain Megatron checkpoint is converted as well; `config` is a Hugging Face folder of a model of its shape.
+
+    The tokenizer's folder may hold the licence of the base, to copy. An `output` that was made from the same weights in
+    the same number format is left as it is.
 
     Raises:
         BadInput: not a save, no fitting tokenizer, or an `output` made from other weights or in another
@@ -44,23 +48,28 @@ def to_hf(
         VerificationError: the export is not the save's model; no `output` is left.
     """
     log = console.logger(__name__)
-    parent = lineage.read(save)
+    source = Save(save, config)
+    parent = source.lineage()
     done = finished(output, "export", overwrite=overwrite)
     if done is not None:
         _check_same(output, done, parent, dtype)
         log.info("%s is there already, made from %s", output, save)
         return output
-    source = Save(save)
     words = hf_folder.read_tokenizer(tokenizer, source.model)
-    with rundir.new_folder(output) as folder:
+    there = sum(path.stat().st_size for path in partial_folder(output).glob(hf_folder.WEIGHT_FILES))
+    check_room(output, hf_folder.num_bytes(source.model, dtype) - there)
+    plan = {"weights_sha256": parent.weights_sha256, "dtype": dtype, "code": lineage.code_version()}
+    with continued(output, plan) as folder:
         hf_folder.write_weights(folder, _tensors(source), dtype)
         hf_folder.write_settings(folder, source.model, words, dtype)
+        if chat_template == "plain":
+            hf_folder.write_plain_template(folder)
         digest = rundir.sha256_folder(folder, hf_folder.WEIGHT_FILES)
         link = lineage.Lineage(name=parent.name, kind="export", weights_sha256=digest, step=parent.step, parent=parent)
         lineage.write(folder, link)
-        rundir.write_atomic(folder / CARD, _card(link, dtype))
+        model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
         if verify:
-            verify_export(save, folder)
+            verify_export(save, folder, config)
     log.info("%s: %s, %s parameters", output, dtype, f"{source.model.num_parameters:,}")
     return output
 
@@ -81,25 +90,3 @@ def _tensors(source: Save) -> Iterator[Named]:
 
 def _maker(source: Save, weight: mapping.Weight, index: int) -> Callable[[], torch.Tensor]:
     return lambda: weight.split(source.read(weight.key, weight.layer))[index]
-
-
-def _card(link: lineage.Lineage, dtype: hf_folder.Dtype) -> str:
-    chain = link.chain()
-    rows = "\n".join(
-        f"| {each.kind} | {each.name} | {'' if each.step is None else each.step} | {each.tokens:,} | "
-        f"`{each.weights_sha256[:12]}` |"
-        for each in chain
-    )
-    licence = (
-        "Built with Llama. The licence of the base model, the Llama Community License, applies to this one too.\n\n"
-        if "llama" in chain[0].name.lower()
-        else ""
-    )
-    return (
-        f"# {link.name}\n\n"
-        f"{licence}"
-        f"Made by megatron_octo: Stable-then-Decay mid-training, then `octo convert to-hf --dtype {dtype}`.\n"
-        f"`verify.json` holds the comparison with the Megatron model that it was converted from.\n\n"
-        "| made by | name | step | tokens trained | weights |\n|---|---|---|---|---|\n"
-        f"{rows}\n"
-    )

@@ -7,6 +7,7 @@ byte blobs (`_extra_state`, the common state) are never opened.
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import pickle
 import struct
@@ -160,6 +161,10 @@ class Piece:
     make: Callable[[], torch.Tensor]
     """The numbers, of `shape`."""
 
+    def num_bytes(self) -> int:
+        """Length of its numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def write(folder: Path, pieces: Iterable[Piece]) -> None:
     """Write a `torch_dist` checkpoint that megatron loads at any parallel layout; holds one piece at a time.
@@ -184,17 +189,15 @@ def write(folder: Path, pieces: Iterable[Piece]) -> None:
             index=MetadataIndex(COMMON_STATE), type=WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(nbytes=0)
         )
     ]
-    makers: dict[MetadataIndex, Callable[[], torch.Tensor]] = {}
+    by_place: dict[MetadataIndex, Piece] = {}
     for piece in pieces:
         where = MetadataIndex(piece.key, piece.offset)
-        makers[where] = piece.make
+        by_place[where] = piece
         chunk = ChunkStorageMetadata(offsets=torch.Size(piece.offset), sizes=torch.Size(piece.shape))
         data = TensorWriteData(
             chunk=chunk, properties=TensorProperties(dtype=piece.dtype), size=torch.Size(piece.global_shape)
         )
         items.append(WriteItem(index=where, type=WriteItemType.SHARD, tensor_data=data))
-
-    bar = console.progress(range(len(makers)), total=len(makers), title=f"write {folder.name}")
 
     class Planner(dcp.DefaultSavePlanner):
         def create_local_plan(self) -> SavePlan:
@@ -206,10 +209,12 @@ def write(folder: Path, pieces: Iterable[Piece]) -> None:
                 empty = io.BytesIO()
                 torch.save([{}], empty)
                 return empty
-            next(bar, None)
-            return makers[write_item.index]().contiguous()
+            piece = by_place[write_item.index]
+            show(piece.num_bytes())
+            return piece.make().contiguous()
 
-    with warnings.catch_warnings():
+    total = sum(piece.num_bytes() for piece in by_place.values())
+    with warnings.catch_warnings(), console.byte_meter("write weights", total) as show:
         warnings.filterwarnings("ignore", message=".*single process.*")  # no_dist is what is meant
         dcp.save(
             {},

@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 REPORT = "verify.json"
 POSITIONS = 1024
 MAX_LOGIT_DIFFERENCE = 1e-4
+MAX_MEAN_KL = 1e-9
 MAX_RELATIVE_DIFFERENCE = 1e-5
 """Of the largest logit; tells more than the bar above where all logits are small, as those of a random model."""
 TIE = 1e-5
 """Two logits closer than this may change places: fp32 sums in another order."""
+FP32_BYTES, SPARE = 4, 1.25
+"""A whole model is built where so many times its weights are free."""
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+HF_LAYER = "layers.0."
 SHOWN = 5
 
 
@@ -49,20 +53,24 @@ class Report:
     num_argmax_differences: int
     """Positions at which the models choose another token, ties apart; the bar is 0."""
     mean_kl: float
-    """Mean Kullback-Leibler divergence of Megatron's prediction from Hugging Face's, nats."""
+    """Mean Kullback-Leibler divergence of Megatron's prediction from Hugging Face's, nats; the bar is 1e-9."""
     max_logit: float
     """Largest absolute logit, as the scale of the difference."""
+    streamed: bool = False
+    """Whether the logits were computed layer by layer, since a whole model did not fit in free memory."""
 
 
-def verify(save: Path, hf: Path) -> Report:
+def verify(save: Path, hf: Path, config: Path | None = None) -> Report:
     """Compare the export `hf` with the save it was made from; writes `verify.json` into `hf`.
+
+    `config` is as for `to_hf`.
 
     Raises:
         BadInput: one of the folders is not what it should be.
         VerificationError: they differ; the message says where. No `verify.json` remains.
     """
     try:
-        report = _compare(Save(save), hf)
+        report = _compare(Save(save, config), hf)
     except VerificationError:
         (hf / REPORT).unlink(missing_ok=True)
         raise
@@ -76,7 +84,7 @@ def describe(report: Report) -> str:
     return (
         f"verified: {report.num_tensors} tensors bit-identical; logits over {report.num_positions:,} positions within "
         f"{report.max_logit_difference:.1e} (largest logit {report.max_logit:.1f}), same most likely token everywhere, "
-        f"KL {report.mean_kl:.1e}"
+        f"KL {report.mean_kl:.1e}; {'layer by layer over streamed weights' if report.streamed else 'whole models'}"
     )
 
 
@@ -95,6 +103,8 @@ def _compare(source: Save, hf: Path) -> Report:
         failures.append(f"logits differ by up to {report.max_logit_difference:.3g} (bar {bar:.3g})")
     if report.num_argmax_differences:
         failures.append(f"the most likely token differs at {report.num_argmax_differences} positions")
+    if not report.mean_kl <= MAX_MEAN_KL:
+        failures.append(f"KL is {report.mean_kl:.3g} (bar {MAX_MEAN_KL:.0e})")
     if failures:
         raise VerificationError(
             f"{hf} is not the model of {source.folder}: {'; '.join(failures)}, over {report.num_positions:,} positions",
@@ -139,7 +149,9 @@ def _compare_logits(source: Save, hf: Path, dtype: torch.dtype) -> Report:
     rows = -(-POSITIONS // length)
     tokens = torch.randint(source.model.vocab_size, (rows, length), generator=generator)
     with torch.no_grad():
-        theirs, ours = _hf_logits(hf, tokens), _megatron_logits(source, tokens, dtype)
+        streamed = _available_bytes() < FP32_BYTES * source.model.num_parameters * SPARE
+        theirs = _hf_logits_by_layer(source, hf, tokens) if streamed else _hf_logits(hf, tokens)
+        ours = _megatron_logits(source, tokens, dtype, streamed=streamed)
         largest, differences, kl, scale = 0.0, 0, 0.0, 0.0
         for a, b in zip(theirs, ours, strict=True):  # [length, vocab]
             largest = max(largest, _finite_max(a - b))
@@ -155,6 +167,7 @@ def _compare_logits(source: Save, hf: Path, dtype: torch.dtype) -> Report:
         num_argmax_differences=differences,
         mean_kl=kl / tokens.numel(),
         max_logit=scale,
+        streamed=streamed,
     )
 
 
@@ -174,8 +187,41 @@ def _hf_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(row[None]).logits for row in tokens])
 
 
-def _megatron_logits(source: Save, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Megatron's logits [rows, length, vocab] in fp32, of the save's weights rounded to `dtype`."""
+def _available_bytes() -> int:
+    """Memory that is free, by the kernel's estimate."""
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def _hf_logits_by_layer(source: Save, hf: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """As `_hf_logits`, by transformers' model of one layer, which is given each layer's weights in turn."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    exported, num_layers = hf_folder.Weights(hf), source.model.num_layers
+    config = AutoConfig.from_pretrained(str(hf), num_hidden_layers=1, layer_types=["full_attention"])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    names = {name for name in model.state_dict() if name in exported.shapes}
+    norm, hidden = model.model.norm, model.model.embed_tokens
+    for layer in range(num_layers):
+        wanted = {name for name in names if layer == 0 or HF_LAYER in name}
+        model.load_state_dict(
+            {name: exported.read(name.replace(HF_LAYER, f"layers.{layer}.")) for name in wanted}, strict=False
+        )
+        inputs = hidden(tokens) if layer == 0 else hidden
+        last = layer == num_layers - 1
+        model.model.norm = norm if last else torch.nn.Identity()
+        run = model if last else model.model
+        hidden = torch.cat([run(inputs_embeds=row[None])[0] for row in inputs])
+    logits: torch.Tensor = hidden
+    return logits
+
+
+def _megatron_logits(source: Save, tokens: torch.Tensor, dtype: torch.dtype, *, streamed: bool) -> torch.Tensor:
+    """Megatron's logits [rows, length, vocab] in fp32, of the save's weights rounded to `dtype`.
+
+    `streamed`: by a model of one layer, which is given each layer's weights in turn.
+    """
     import torch
 
     from megatron_octo.model.build import build_model
@@ -185,21 +231,29 @@ def _megatron_logits(source: Save, tokens: torch.Tensor, dtype: torch.dtype) -> 
     alone, fp32 = ParallelConfig(), PrecisionConfig(dtype="fp32")
     platform = replace(resolve(), layer_family="local")  # plain fp32 arithmetic, on any device
     with model_parallel(platform, alone):
-        model = build_model(source.model, platform=platform, parallel=alone, precision=fp32).eval()
-        _fill(model, source, dtype)
-        positions = torch.arange(tokens.shape[1])[None]
-        device = next(model.parameters()).device
-        rows = [model(row[None].to(device), positions.to(device), None).cpu() for row in tokens]
-    return torch.cat(rows)
+        shape = replace(source.model, num_layers=1) if streamed else source.model
+        model = build_model(shape, platform=platform, parallel=alone, precision=fp32).eval()
+        device, rounds = next(model.parameters()).device, source.model.num_layers if streamed else 1
+        positions, norm = torch.arange(tokens.shape[1])[None].to(device), model.decoder.final_layernorm
+        rows: list[torch.Tensor | None] = [None] * len(tokens)
+        for first in range(rounds):
+            _fill(model, source, dtype, first)
+            model.post_process = last = first == rounds - 1  # else the result is hidden states
+            model.decoder.final_layernorm = norm if last else None
+            rows = [
+                model(row[None].to(device), positions, None, decoder_input=hidden)
+                for row, hidden in zip(tokens, rows, strict=True)
+            ]
+    return torch.cat([row.cpu() for row in rows if row is not None])
 
 
-def _fill(model: torch.nn.Module, source: Save, dtype: torch.dtype) -> None:
-    """Put a save's weights into a whole model on one rank, by the keys that megatron itself gives its parameters."""
+def _fill(model: torch.nn.Module, source: Save, dtype: torch.dtype, first: int) -> None:
+    """Put a save's weights into a model on one rank, from layer `first` on, by the keys that megatron itself gives."""
     state = {}
     for name, entry in model.sharded_state_dict().items():
         if not name.endswith("_extra_state"):
             layer = LAYER.match(name)
-            state[name] = source.read(entry.key, int(layer[1]) if layer else None).to(dtype)
+            state[name] = source.read(entry.key, first + int(layer[1]) if layer else None).to(dtype)
     missing = [name for name in model.load_state_dict(state, strict=False).missing_keys if "_extra_state" not in name]
     if missing:
         raise VerificationError(f"megatron's model has weights that no save holds: {missing[:SHOWN]}")

@@ -31,6 +31,25 @@ log = console.logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """What messages say of a kind of repository."""
+
+    noun: str
+    page: str
+    """Address of its pages, without the repository."""
+    option: str
+    """What `hf download` wants to be told."""
+    use: str
+    """What to do with files that were downloaded elsewhere."""
+
+
+DATA_SET = Kind(
+    noun="data set", page=PAGE, option=" --repo-type dataset", use="name them with `input` in place of `hub`"
+)
+MODEL = Kind(noun="model", page="https://huggingface.co", option="", use="give FOLDER in place of the model's name")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HubFile(Settings):
     """A file of a data set, at one commit."""
 
@@ -246,7 +265,7 @@ def _length(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def explained(hub: HubSource) -> Iterator[None]:
+def explained(hub: HubSource, kind: Kind = DATA_SET) -> Iterator[None]:
     """Turn what huggingface_hub raises into what a user can act on."""
     import httpx
     from huggingface_hub import HfApi
@@ -263,31 +282,32 @@ def explained(hub: HubSource) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled:
         raise BadInput(
-            f"data set {hub.repository} is on the Hub, which is read only when online, and HF_HUB_OFFLINE is set",
-            fix=f"unset HF_HUB_OFFLINE; or {_elsewhere(hub)}",
+            f"{kind.noun} {hub.repository} is on the Hub, which is read only when online, and HF_HUB_OFFLINE is set",
+            fix=f"unset HF_HUB_OFFLINE; or {_elsewhere(hub, kind)}",
         ) from None
     except HFValidationError:
-        raise BadInput(f"{hub.repository!r} is no data set's name", fix="give it as owner/name") from None
+        raise BadInput(f"{hub.repository!r} is no {kind.noun}'s name", fix="give it as owner/name") from None
     except GatedRepoError as error:
-        raise _gated(hub, error.server_message) from None
+        raise _gated(hub, kind, error.server_message) from None
     except RepositoryNotFoundError:
         private = "or it is private and the token has no access" if _has_token() else "or it is private"
         raise BadInput(
-            f"there is no data set {hub.repository} on the Hub, {private}",
-            fix=f"check the name at {PAGE}/{hub.repository}; if it is private, set HF_TOKEN to a token that may see it",
+            f"there is no {kind.noun} {hub.repository} on the Hub, {private}",
+            fix=f"check the name at {kind.page}/{hub.repository}; if it is private, set HF_TOKEN to a token that may "
+            "see it",
         ) from None
     except RevisionNotFoundError:
         raise BadInput(
-            f"data set {hub.repository} has no revision {hub.revision!r}",
-            fix=f"choose a commit, tag or branch of {PAGE}/{hub.repository}/commits/main",
+            f"{kind.noun} {hub.repository} has no revision {hub.revision!r}",
+            fix=f"choose a commit, tag or branch of {kind.page}/{hub.repository}/commits/main",
         ) from None
     except HfHubHTTPError as error:
-        raise _refused(hub, error.response.status_code, error.server_message) from error
+        raise _refused(hub, kind, error.response.status_code, error.server_message) from error
     except httpx.RequestError as error:
         raise BadInput(
-            f"data set {hub.repository} is on the Hub, which is read only when online, and {HfApi().endpoint} cannot "
-            f"be reached: {type(error).__name__}: {error}",
-            fix=f"go online (a proxy: HTTPS_PROXY; a mirror: HF_ENDPOINT); or {_elsewhere(hub)}",
+            f"{kind.noun} {hub.repository} is on the Hub, which is read only when online, and {HfApi().endpoint} "
+            f"cannot be reached: {type(error).__name__}: {error}",
+            fix=f"go online (a proxy: HTTPS_PROXY; a mirror: HF_ENDPOINT); or {_elsewhere(hub, kind)}",
         ) from error
     except json.JSONDecodeError as error:
         raise BadInput(
@@ -296,31 +316,31 @@ def explained(hub: HubSource) -> Iterator[None]:
         ) from error
 
 
-def _gated(hub: HubSource, says: str | None) -> BadInput:
-    page = f"{PAGE}/{hub.repository}"
+def _gated(hub: HubSource, kind: Kind, says: str | None) -> BadInput:
+    page = f"{kind.page}/{hub.repository}"
     if _has_token():
         return BadInput(
-            f"data set {hub.repository} is gated, and the token's account has no access to it"
+            f"{kind.noun} {hub.repository} is gated, and the token's account has no access to it"
             f"{f' (the Hub: {says})' if says else ''}",
             fix=f"visit {page} as that account and accept the terms, or wait where the owner decides; a fine-grained "
             f"token also needs the right to read gated repositories ({TOKENS_PAGE})",
         )
     return BadInput(
-        f"data set {hub.repository} is gated: its owner wants terms accepted, and HF_TOKEN is not set",
+        f"{kind.noun} {hub.repository} is gated: its owner wants terms accepted, and HF_TOKEN is not set",
         fix=f"visit {page} and accept the terms, make a token at {TOKENS_PAGE}, and set HF_TOKEN to it",
     )
 
 
-def _refused(hub: HubSource, status: int, says: str | None) -> OctoError:
-    what = f"the Hub refuses data set {hub.repository}: {status}{f', {says}' if says else ''}"
+def _refused(hub: HubSource, kind: Kind, status: int, says: str | None) -> OctoError:
+    what = f"the Hub refuses {kind.noun} {hub.repository}: {status}{f', {says}' if says else ''}"
     if status == 401:
         return BadInput(
             f"{what}: it does not accept the token",
-            fix=f"make another at {TOKENS_PAGE} and set HF_TOKEN to it; or unset it, if the set is public",
+            fix=f"make another at {TOKENS_PAGE} and set HF_TOKEN to it; or unset it, if the {kind.noun} is public",
         )
     if status in PASSING_STATUS:
         return OctoError(what, fix="run it again later")
-    return BadInput(what, fix=f"look at {PAGE}/{hub.repository} with the account of the token")
+    return BadInput(what, fix=f"look at {kind.page}/{hub.repository} with the account of the token")
 
 
 def _has_token() -> bool:
@@ -329,13 +349,12 @@ def _has_token() -> bool:
     return "authorization" in build_hf_headers()
 
 
-def _elsewhere(hub: HubSource) -> str:
+def _elsewhere(hub: HubSource, kind: Kind = DATA_SET) -> str:
     # there `*` stands for folders as well, and `**/` for at least one
     wanted = "".join(f" --include '{pattern.replace('**/', '*')}'" for pattern in hub.files)
     return (
-        f"download the files where the Hub can be reached (`hf download {hub.repository} --repo-type dataset "
-        f"--revision {hub.revision}{wanted} --local-dir FOLDER`), copy FOLDER here, and name them with `input` in "
-        "place of `hub`"
+        f"download the files where the Hub can be reached (`hf download {hub.repository}{kind.option} "
+        f"--revision {hub.revision}{wanted} --local-dir FOLDER`), copy FOLDER here, and {kind.use}"
     )
 
 

@@ -171,6 +171,7 @@ def transformer_config(
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=config.init_std,

@@ -46,17 +46,18 @@ def _local_spec(
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     norm = _rms_norm_class(platform)
-    plain = _local_layer(norm, (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear))
-    rounding = _local_layer(norm, linear_classes(precision.fp8)) if precision.fp8_emulation else plain
+    plain, qk_norm = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear), config.qk_layernorm
+    rounding = linear_classes(precision.fp8) if precision.fp8_emulation else plain
+    in_bf16, in_fp8 = (_local_layer(norm, linear, qk_norm=qk_norm) for linear in (plain, rounding))
     first, last = precision.bf16_first_layers, config.num_layers - precision.bf16_last_layers
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     numbers = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage))
     return TransformerBlockSubmodules(
-        layer_specs=[rounding if first <= number < last else plain for number in numbers], layer_norm=norm
+        layer_specs=[in_fp8 if first <= number < last else in_bf16 for number in numbers], layer_norm=norm
     )
 
 
-def _local_layer(norm: type, linear: tuple[type, type]) -> ModuleSpec:
+def _local_layer(norm: type, linear: tuple[type, type], *, qk_norm: bool) -> ModuleSpec:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.mlp import MLPSubmodules
 
@@ -66,6 +67,8 @@ def _local_layer(norm: type, linear: tuple[type, type]) -> ModuleSpec:
     parts.input_layernorm = parts.pre_mlp_layernorm = norm  # megatron's torch norm refuses sequence parallelism
     attention.core_attention = causal_attention_class()
     attention.linear_qkv, attention.linear_proj = column, row
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
     parts.mlp = _mlp(MLPSubmodules(linear_fc1=column, linear_fc2=row))
     return layer
 

@@ -8,7 +8,7 @@ A new family is one more `Family`. Nothing here reads or writes files, or import
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ class Row:
     """Key in the save."""
     parts: tuple[tuple[str, str], ...]
     """(Hugging Face name, axes). `{layer}` is the layer's number; axes are letters: h hidden, q query
-    heads x head_dim, k KV heads x head_dim, f inner width of the MLP, v vocabulary."""
+    heads x head_dim, k KV heads x head_dim, d head_dim, f inner width of the MLP, v vocabulary."""
     by_group: bool = False
     """Join the parts within each query group ([q heads of the group; k; v], then the next group) instead of whole."""
 
@@ -45,12 +45,14 @@ class Family:
     """The class that transformers and vLLM look up."""
     rows: tuple[Row, ...]
     """All tensors but the output layer."""
-    output: Row
-    """The output layer; absent where the embedding is used for it."""
-    read: Callable[[dict[str, Any], str], ModelConfig]
-    """(config.json, where it is from) -> settings; raises BadInput for what cannot be expressed."""
-    write: Callable[[ModelConfig], dict[str, Any]]
-    """Settings -> the architecture's part of config.json."""
+    fixed: dict[str, tuple[Any, str]]
+    """Fields of config.json that must have one value, and why."""
+    defaults: dict[str, Any]
+    """What transformers takes where config.json is silent, and differs between families."""
+    qkv_bias: bool = False
+    """As in ModelConfig; with `qk_norm` it tells the families apart."""
+    qk_norm: bool = False
+    """As in ModelConfig."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,24 +93,34 @@ def weights(model: ModelConfig) -> Iterator[Weight]:
     """Every tensor of a model: the embedding, the layers one after the other, the rest.
 
     Raises:
-        BadInput: the model has biases, and no family here has.
+        BadInput: no family is like the model.
     """
-    if model.qkv_bias:
-        raise BadInput(
-            "model.qkv_bias is on: no Hugging Face family with biases is in the table",
-            fix="convert a model without biases",
-        )
-    family = LLAMA
+    family = family_of(model)
     outside = [row for row in family.rows if not row.key.startswith(LAYERS)]
     inside = [row for row in family.rows if row.key.startswith(LAYERS)]
     if not model.tied_embeddings:
-        outside.append(family.output)
+        outside.append(OUTPUT)
     yield _weight(outside[0], model, None)
     for layer in range(model.num_layers):
         for row in inside:
             yield _weight(row, model, layer)
     for row in outside[1:]:
         yield _weight(row, model, None)
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family whose checkpoints hold what the model has.
+
+    Raises:
+        BadInput: there is none.
+    """
+    for family in FAMILIES.values():
+        if (family.qkv_bias, family.qk_norm) == (model.qkv_bias, model.qk_norm):
+            return family
+    raise BadInput(
+        "model.qkv_bias and model.qk_norm are both on: no Hugging Face family here has both",
+        fix="switch one of them off",
+    )
 
 
 def stacked_shape(weight: Weight, model: ModelConfig) -> tuple[int, ...]:
@@ -136,7 +148,7 @@ def model_config_from_hf(config: dict[str, Any], *, origin: str = "config.json")
             fix=f"{f'did you mean {near[0]!r}? ' if near else ''}supported: {', '.join(FAMILIES)}",
         )
     try:
-        return FAMILIES[kind].read(config, origin)
+        return _read(FAMILIES[kind], config, origin)
     except KeyError as error:
         raise BadInput(f"{origin} has no {error.args[0]!r}", fix="give the model's own config.json, whole") from None
     except SettingsError as error:
@@ -152,11 +164,11 @@ def hf_config(
     pad: int | None = None,
 ) -> dict[str, Any]:
     """The `config.json` of a model, `dtype` as torch names it (`bfloat16`); transformers 4 and 5 and vLLM read it."""
-    family = LLAMA
+    family = family_of(model)
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **family.write(model),
+        **_write(family, model),
         "bos_token_id": bos,
         "eos_token_id": eos,
         "pad_token_id": pad,
@@ -170,6 +182,7 @@ def _weight(row: Row, model: ModelConfig, layer: int | None) -> Weight:
         "h": model.hidden_size,
         "q": model.num_heads * model.head_dim,
         "k": model.num_kv_heads * model.head_dim,
+        "d": model.head_dim,
         "f": model.ffn_size,
         "v": model.vocab_size,
     }
@@ -183,27 +196,25 @@ def _weight(row: Row, model: ModelConfig, layer: int | None) -> Weight:
     )
 
 
-# ---- Llama
+# ---- config.json
 
 ROPE_LOW, ROPE_HIGH, ROPE_ORIGINAL = 1.0, 4.0, 8192
 """megatron-core's Llama-3 rotary scaling has these built in; only the factor is an argument."""
 
-_LLAMA_FIXED = {
-    "hidden_act": ("silu", "the MLP is SwiGLU"),
-    "attention_bias": (False, "the attention has no bias"),
-    "mlp_bias": (False, "the MLP has no bias"),
-    "quantization_config": (None, "weights are read as numbers, not as quantised blocks"),
-}
-"""config.json fields that must have one value, and why."""
 
-
-def _read_llama(config: dict[str, Any], origin: str) -> ModelConfig:
-    for name, (wanted, why) in _LLAMA_FIXED.items():
+def _read(family: Family, config: dict[str, Any], origin: str) -> ModelConfig:
+    for name, (wanted, why) in family.fixed.items():
         value = config.get(name, wanted)
         if value != wanted:
             raise BadInput(f"{origin}: {name} is {value!r}: {why}", fix=f"choose a model whose {name} is {wanted!r}")
+    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        raise BadInput(
+            f"{origin}: layer_types {sorted(set(config['layer_types']))}: every layer sees all positions before it",
+            fix="choose a model whose layers all have full_attention",
+        )
+    config = {**family.defaults, **config}
     heads = config["num_attention_heads"]
-    theta, factor = _read_llama_rope(config, origin)
+    theta, factor = _read_rope(config, origin)
     return ModelConfig(
         hidden_size=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
@@ -212,16 +223,18 @@ def _read_llama(config: dict[str, Any], origin: str) -> ModelConfig:
         ffn_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         tied_embeddings=config.get("tie_word_embeddings", False),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         head_dim=config.get("head_dim") or 0,
         rope_theta=theta,
         rope_factor=factor,
-        norm_eps=config.get("rms_norm_eps", 1e-6),  # transformers' default where the file is silent
-        max_positions=config.get("max_position_embeddings", 2048),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        max_positions=config["max_position_embeddings"],
         init_std=config.get("initializer_range", 0.02),
     )
 
 
-def _read_llama_rope(config: dict[str, Any], origin: str) -> tuple[float, float | None]:
+def _read_rope(config: dict[str, Any], origin: str) -> tuple[float, float | None]:
     """(theta, factor): `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before."""
     rope = {"rope_theta": config.get("rope_theta", 10_000.0), **(config.get("rope_scaling") or {})}
     rope |= config.get("rope_parameters") or {}
@@ -252,7 +265,7 @@ def _read_llama_rope(config: dict[str, Any], origin: str) -> tuple[float, float 
     return float(rope["rope_theta"]), float(rope["factor"])
 
 
-def _write_llama(model: ModelConfig) -> dict[str, Any]:
+def _write(family: Family, model: ModelConfig) -> dict[str, Any]:
     scaling = {
         "rope_type": "llama3",
         "factor": model.rope_factor,
@@ -274,52 +287,99 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": model.norm_eps,
         "max_position_embeddings": model.max_positions,
         "initializer_range": model.init_std,
-        "hidden_act": "silu",
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
+        **{name: value for name, (value, _) in family.fixed.items() if value is not None},
     }
 
+
+# ---- the families
+
+LLAMA_ROWS = (
+    Row(key="embedding.word_embeddings.weight", parts=(("model.embed_tokens.weight", "vh"),)),
+    Row(
+        key="decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+        parts=(("model.layers.{layer}.input_layernorm.weight", "h"),),
+    ),
+    Row(
+        key="decoder.layers.self_attention.linear_qkv.weight",
+        parts=(
+            ("model.layers.{layer}.self_attn.q_proj.weight", "qh"),
+            ("model.layers.{layer}.self_attn.k_proj.weight", "kh"),
+            ("model.layers.{layer}.self_attn.v_proj.weight", "kh"),
+        ),
+        by_group=True,
+    ),
+    Row(
+        key="decoder.layers.self_attention.linear_proj.weight",
+        parts=(("model.layers.{layer}.self_attn.o_proj.weight", "hq"),),
+    ),
+    Row(
+        key="decoder.layers.mlp.linear_fc1.layer_norm_weight",
+        parts=(("model.layers.{layer}.post_attention_layernorm.weight", "h"),),
+    ),
+    Row(
+        key="decoder.layers.mlp.linear_fc1.weight",
+        parts=(
+            ("model.layers.{layer}.mlp.gate_proj.weight", "fh"),
+            ("model.layers.{layer}.mlp.up_proj.weight", "fh"),
+        ),
+    ),
+    Row(key="decoder.layers.mlp.linear_fc2.weight", parts=(("model.layers.{layer}.mlp.down_proj.weight", "hf"),)),
+    Row(key="decoder.final_layernorm.weight", parts=(("model.norm.weight", "h"),)),
+)
+QKV_BIAS = Row(
+    key="decoder.layers.self_attention.linear_qkv.bias",
+    parts=(
+        ("model.layers.{layer}.self_attn.q_proj.bias", "q"),
+        ("model.layers.{layer}.self_attn.k_proj.bias", "k"),
+        ("model.layers.{layer}.self_attn.v_proj.bias", "k"),
+    ),
+    by_group=True,
+)
+QK_NORMS = (
+    Row(
+        key="decoder.layers.self_attention.q_layernorm.weight",
+        parts=(("model.layers.{layer}.self_attn.q_norm.weight", "d"),),
+    ),
+    Row(
+        key="decoder.layers.self_attention.k_layernorm.weight",
+        parts=(("model.layers.{layer}.self_attn.k_norm.weight", "d"),),
+    ),
+)
+OUTPUT = Row(key="output_layer.weight", parts=(("lm_head.weight", "vh"),))
+"""The output layer; absent where the embedding is used for it."""
+
+_ALL_FIXED = {
+    "hidden_act": ("silu", "the MLP is SwiGLU"),
+    "quantization_config": (None, "weights are read as numbers, not as quantised blocks"),
+}
+_NO_BIAS = {"attention_bias": (False, "the attention has no bias")}
+_ALL_POSITIONS = {
+    "use_sliding_window": (False, "every layer sees all positions before it"),
+    "dual_chunk_attention_config": (None, "every layer sees all positions before it"),
+}
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    rows=(
-        Row(key="embedding.word_embeddings.weight", parts=(("model.embed_tokens.weight", "vh"),)),
-        Row(
-            key="decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-            parts=(("model.layers.{layer}.input_layernorm.weight", "h"),),
-        ),
-        Row(
-            key="decoder.layers.self_attention.linear_qkv.weight",
-            parts=(
-                ("model.layers.{layer}.self_attn.q_proj.weight", "qh"),
-                ("model.layers.{layer}.self_attn.k_proj.weight", "kh"),
-                ("model.layers.{layer}.self_attn.v_proj.weight", "kh"),
-            ),
-            by_group=True,
-        ),
-        Row(
-            key="decoder.layers.self_attention.linear_proj.weight",
-            parts=(("model.layers.{layer}.self_attn.o_proj.weight", "hq"),),
-        ),
-        Row(
-            key="decoder.layers.mlp.linear_fc1.layer_norm_weight",
-            parts=(("model.layers.{layer}.post_attention_layernorm.weight", "h"),),
-        ),
-        Row(
-            key="decoder.layers.mlp.linear_fc1.weight",
-            parts=(
-                ("model.layers.{layer}.mlp.gate_proj.weight", "fh"),
-                ("model.layers.{layer}.mlp.up_proj.weight", "fh"),
-            ),
-        ),
-        Row(key="decoder.layers.mlp.linear_fc2.weight", parts=(("model.layers.{layer}.mlp.down_proj.weight", "hf"),)),
-        Row(key="decoder.final_layernorm.weight", parts=(("model.norm.weight", "h"),)),
-    ),
-    output=Row(key="output_layer.weight", parts=(("lm_head.weight", "vh"),)),
-    read=_read_llama,
-    write=_write_llama,
+    rows=LLAMA_ROWS,
+    fixed={**_ALL_FIXED, **_NO_BIAS, "mlp_bias": (False, "the MLP has no bias")},
+    defaults={"max_position_embeddings": 2048},
 )
-
-FAMILIES = {family.model_type: family for family in (LLAMA,)}
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    rows=(*LLAMA_ROWS, QKV_BIAS),
+    fixed={**_ALL_FIXED, **_ALL_POSITIONS},
+    defaults={"max_position_embeddings": 32_768},
+    qkv_bias=True,
+)
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    rows=(*LLAMA_ROWS, *QK_NORMS),
+    fixed={**_ALL_FIXED, **_ALL_POSITIONS, **_NO_BIAS},
+    defaults={"max_position_embeddings": 32_768, "head_dim": 128},
+    qk_norm=True,
+)
+FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3)}

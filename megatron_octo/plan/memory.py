@@ -100,6 +100,7 @@ def layer_bytes(config: MidTrainConfig, *, fp8: bool, recompute: str = "none") -
         norms = 2 * h * dtype + 2 * h * operand  # both norms' inputs, and their results, inputs of products
         attention = (qkv + heads) * dtype + 4 * model.num_heads  # queries, keys, values, result; fp32 statistics
         attention += heads * operand if fp8 else 0  # else the product keeps the result itself
+        attention += (qkv - model.head_dim * model.num_kv_heads) * dtype if model.qk_norm else 0  # the norms' inputs
         mlp = 2 * f * dtype  # gate and up
         mlp += 0 if recompute == "selective" and not fp8 else f * operand  # silu(gate) x up
     return norms // (parallel.tensor if parallel.sequence else 1) + (attention + mlp) // parallel.tensor
@@ -186,4 +187,5 @@ def _vectors(config: MidTrainConfig) -> int:
     """A layer's norms, and its biases on one rank."""
     model = config.model
     biases = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) if model.qkv_bias else 0
-    return 2 * model.hidden_size + biases // config.parallel.tensor
+    norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
+    return norms + biases // config.parallel.tensor

@@ -117,7 +117,7 @@ def test_bad_input_is_told_and_changes_nothing(convert: Run, run_folder: Path, m
     (runs / "notes/a.txt").write_text("kept")
     before = snapshot(runs)
     cases = {
-        ("from-hf", runs / "absent", runs / "out"): "no such file",
+        ("from-hf", runs / "absent", runs / "out"): "no such folder",
         ("from-hf", foreign, runs / "out"): "model_type 'llama4' is not supported\n  fix: did you mean 'llama'?",
         ("from-hf", base, runs / "notes"): "holds something else",
         ("from-hf", base, runs / "notes", "--overwrite"): "holds something else",

@@ -30,7 +30,7 @@ TIED = ModelConfig(
     qkv_bias=True,
     max_positions=256,
 )
-MODELS = {"tied": TIED, "untied": replace(TIED, tied_embeddings=False, qkv_bias=False, head_dim=16)}
+MODELS = {"tied": TIED, "untied": replace(TIED, tied_embeddings=False, qkv_bias=False, qk_norm=True, head_dim=16)}
 FOOTPRINT_LAYOUTS = {**LAYOUTS, "dp2-whole": ParallelConfig(distributed_optimizer=False)}
 CASES = {
     f"{model}-{layout}-{dtype}": (model, layout, dtype)

@@ -5,6 +5,7 @@ Run as a script this file is the two launches that the tests share: `single` and
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")), bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder / "words")
     random_base(RandomBaseConfig(model=MODEL, tokenizer=folder / "words", output=folder / "base"))
+    _randomise_norms(folder / "base/model.safetensors")
     from_hf(folder / "base", folder / "import")
     return folder
 
@@ -102,12 +104,32 @@ def test_a_round_trip_leaves_every_byte(single: dict[str, Any], work: Path) -> N
     assert first == second
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3", "qwen3-tied"])
+def test_transformers_qwen_gives_its_logits_in_megatron_and_returns_unchanged(
+    single: dict[str, Any], work: Path, name: str
+) -> None:
+    report = single["families"][name]
+    assert report["num_argmax_differences"] == 0 and report["max_logit_difference"] <= 1e-4 and report["mean_kl"] < 1e-9
+    first, second = ((work / f"{name}{end}/model.safetensors").read_bytes() for end in ("", "-export"))
+    assert first == second
+
+
+def test_where_memory_is_short_the_logits_are_compared_layer_by_layer(single: dict[str, Any]) -> None:
+    whole = {"llama": single["verified"]["fp32"], **single["families"]}
+    for name, streamed in single["streamed"].items():
+        assert streamed["streamed"] and not whole[name]["streamed"]
+        assert streamed["max_logit"] == pytest.approx(whole[name]["max_logit"], rel=1e-6)
+        assert streamed["max_logit_difference"] <= 1e-5 * streamed["max_logit"]
+    assert "logits differ" in single["streamed mistake"]["raised"]
+
+
 MISTAKES = (
     "heads swapped",
     "gate and up exchanged",
     "rotary factor both ways",
     "rotary factor",
     "key and value exchanged",
+    "norms exchanged",
 )
 
 
@@ -160,6 +182,31 @@ def test_an_export_from_any_layout_is_the_same_file(layouts: Path, work: Path, t
         assert exported == (work / "base/model.safetensors").read_bytes()
 
 
+def test_a_plain_megatron_checkpoint_of_any_layout_is_exported(layouts: Path, work: Path, tmp_path: Path) -> None:
+    from megatron_octo.convert.save import find_save
+    from megatron_octo.convert.to_hf import to_hf
+
+    for layout in LAYOUTS:
+        save = find_save(work / "plain" / layout)
+        assert save.name == "iter_0000003"
+        out = to_hf(save, tmp_path / layout, work / "words", dtype="fp32", config=work / "base", verify=False)
+        assert (out / "model.safetensors").read_bytes() == (work / "base/model.safetensors").read_bytes()
+        link = lineage.read(out)
+        assert [(each.name, each.step) for each in link.chain()] == [("base", None), (layout, 3), (layout, 3)]
+
+
+def _randomise_norms(file: Path) -> None:
+    """Norms of 1, as a random model has, would hide that they were exchanged."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        if tensor.dim() == 1:
+            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def _launch(launcher: list[str], what: str, work: Path) -> dict[str, Any]:
     done = subprocess.run(
         [*launcher, __file__, what, str(work)],
@@ -178,20 +225,75 @@ def _launch(launcher: list[str], what: str, work: Path) -> dict[str, Any]:
 
 
 def _single(work: Path) -> dict[str, Any]:
+    from megatron_octo.convert import verify as verify_module
     from megatron_octo.convert.to_hf import to_hf
 
-    verified = {}
+    verified, families = {}, _families(work)
     for dtype in ("fp32", "bf16"):
         to_hf(work / "import", work / dtype, work / "words", dtype=dtype)
         verified[dtype] = rundir.read_json(work / dtype / "verify.json")
     mistakes = {}
+    with _patched(verify_module, _available_bytes=lambda: 0):
+        streamed = {"llama": asdict(verify_module.verify(work / "import", work / "fp32"))} | {
+            name: asdict(verify_module.verify(work / f"{name}-import", work / f"{name}-export"))
+            for name in ("qwen2", "qwen3-tied")
+        }
+        swapped = next(make for name, make in _mistakes().items() if name == "heads swapped")
+        with swapped():
+            mistake = _attempt(lambda: to_hf(work / "import", work / "wrong", work / "words"), work / "wrong")
     for name, make in _mistakes().items():
         with make():
             mistakes[name] = _attempt(
                 lambda: to_hf(work / "import", work / "wrong", work / "words", dtype="fp32"), work / "wrong"
             )
-    found = {"verified": verified, "mistakes": mistakes, "changed": _changed(work)}
+    found = {
+        "streamed": streamed,
+        "streamed mistake": mistake,
+        "families": families,
+        "verified": verified,
+        "mistakes": mistakes,
+        "changed": _changed(work),
+    }
     return found | ({"stories": _stories(work)} if STORIES.is_dir() else {})
+
+
+def _families(work: Path) -> dict[str, Any]:
+    """Models of transformers itself, with random norms and biases, into megatron and back; what verify says."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    from megatron_octo.convert.from_hf import from_hf
+    from megatron_octo.convert.to_hf import to_hf
+
+    reports = {}
+    for name, settings, make in (
+        ("qwen2", Qwen2Config, Qwen2ForCausalLM),
+        ("qwen2-tied", Qwen2Config, Qwen2ForCausalLM),
+        ("qwen3", Qwen3Config, Qwen3ForCausalLM),
+        ("qwen3-tied", Qwen3Config, Qwen3ForCausalLM),
+    ):
+        config = settings(
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=96,
+            vocab_size=64,
+            max_position_embeddings=1024,
+            tie_word_embeddings=name.endswith("-tied"),
+            initializer_range=0.15,
+            **({"head_dim": 32} if settings is Qwen3Config else {}),
+        )
+        model = make(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.copy_(torch.rand_like(parameter) + 0.5)
+        model.save_pretrained(work / name)
+        from_hf(work / name, work / f"{name}-import")
+        to_hf(work / f"{name}-import", work / f"{name}-export", work / "words", dtype="fp32")
+        reports[name] = rundir.read_json(work / f"{name}-export/verify.json")
+    return reports
 
 
 def _attempt(call: Callable[[], object], output: Path) -> dict[str, Any]:
@@ -237,22 +339,33 @@ def _mistakes() -> dict[str, Callable[[], contextlib.AbstractContextManager[None
         query = parts[0].reshape(MODEL.num_heads, MODEL.head_dim, -1)
         return [torch.cat([query[1:2], query[:1], query[2:]]).reshape(parts[0].shape), *parts[1:]]
 
-    read, write = mapping.LLAMA.read, mapping.LLAMA.write
+    read, write = mapping._read, mapping._write
 
-    def family(**changes: Any) -> contextlib.AbstractContextManager[None]:
-        return _patched(mapping, LLAMA=(changed := replace(mapping.LLAMA, **changes)), FAMILIES={"llama": changed})
+    def read_own(family: mapping.Family, config: dict[str, Any], origin: str) -> ModelConfig:
+        return replace(read(family, config, origin), rope_factor=MODEL.rope_factor)
 
-    def write_eight(model: ModelConfig) -> dict[str, Any]:
-        return write(replace(model, rope_factor=8.0))
+    def write_eight(family: mapping.Family, model: ModelConfig) -> dict[str, Any]:
+        return write(family, replace(model, rope_factor=8.0))
+
+    def exchange_norms() -> contextlib.AbstractContextManager[None]:
+        """Each layer's two norms under each other's name."""
+        names = ("input_layernorm", "post_attention_layernorm")
+
+        def other(name: str) -> str:
+            return next((name.replace(a, b) for a, b in (names, names[::-1]) if a in name.split(".")), name)
+
+        rows = tuple(
+            replace(row, parts=tuple((other(name), axes) for name, axes in row.parts)) for row in mapping.LLAMA_ROWS
+        )
+        return _patched(mapping, FAMILIES={"llama": replace(mapping.LLAMA, rows=rows)})
 
     return {
         "heads swapped": lambda: reordered("linear_qkv.weight", swap_heads),
         "key and value exchanged": lambda: reordered("linear_qkv.weight", lambda parts: [parts[0], parts[2], parts[1]]),
         "gate and up exchanged": lambda: reordered("linear_fc1.weight", lambda parts: parts[::-1]),
-        "rotary factor": lambda: family(write=write_eight),
-        "rotary factor both ways": lambda: family(
-            write=write_eight, read=lambda config, origin: replace(read(config, origin), rope_factor=MODEL.rope_factor)
-        ),
+        "rotary factor": lambda: _patched(mapping, _write=write_eight),
+        "rotary factor both ways": lambda: _patched(mapping, _write=write_eight, _read=read_own),
+        "norms exchanged": exchange_norms,
     }
 
 
@@ -321,10 +434,15 @@ def _layouts(work: Path) -> dict[str, Any]:
             folder = work / "layouts" / name
             folder.mkdir(parents=True, exist_ok=True)
             dist_checkpointing.save(sharded_weights(chunks), str(folder))
+            plain = work / "plain" / name / "iter_0000003"
+            plain.mkdir(parents=True, exist_ok=True)
+            settings = {"args": argparse.Namespace(hidden_size=64), "iteration": 3, "checkpoint_version": 3.0}
+            dist_checkpointing.save(settings | sharded_weights(chunks), str(plain))
             if dist.get_rank() == 0:
                 rundir.write_json(folder / "model.json", to_dict(MODEL))
                 lineage.write(folder, lineage.Lineage(name=name, kind="train", weights_sha256=name, step=1))
                 rundir.mark_done(folder)
+                (plain.parent / "latest_checkpointed_iteration.txt").write_text("3")
             dist.barrier()
     dist.destroy_process_group()
     return {}

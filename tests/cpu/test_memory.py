@@ -101,7 +101,13 @@ def beyond_the_plan(config: MidTrainConfig) -> int:
     dtype = DTYPE_BYTES[config.precision.dtype]
     result = model.num_heads * model.head_dim * dtype  # the attention's, once more with the heads side by side
     swiglu = model.ffn_size * dtype  # silu(gate)
-    layer = 2 * norm_beyond(config) + (result + swiglu) // tensor
+    norms = 0
+    if (
+        model.qk_norm
+    ):  # of queries and keys: as `norm_beyond`; with a view that holds values, and queries that are copied
+        copied = model.num_heads if model.num_kv_heads > tensor else 0  # unless a rank has one group
+        norms = 4 * (model.num_heads + model.num_kv_heads) + (copied + model.num_kv_heads) * model.head_dim * dtype
+    layer = 2 * norm_beyond(config) + (result + swiglu + norms) // tensor
     rotary = SEQ_LENGTH * 4 * model.head_dim * 4  # sines and cosines, of queries and of keys
     return MICRO_BATCH_TOKENS * (model.num_layers * layer + norm_beyond(config)) + model.num_layers * rotary
 

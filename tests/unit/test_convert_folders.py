@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_octo import lineage, rundir
+from megatron_octo.budget.ledger import LedgerRecord, SourceTokens
+from megatron_octo.config.base import to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
-from megatron_octo.convert import hf_folder
+from megatron_octo.convert import hf_folder, model_card, torch_dist
 from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
@@ -102,7 +105,68 @@ def test_a_card_of_a_llama_states_its_licence(made: Path, words: Path, tmp_path:
     parent = lineage.Lineage(name="Llama-3.2-1B", kind="base", weights_sha256="")
     lineage.write(renamed, replace(lineage.read(renamed), parent=parent))
     out = to_hf(renamed, tmp_path / "out", words, verify=False)
-    assert "Llama Community License" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert card.startswith("# Llama") and "Built with Llama" in card and "Llama 3.2 Community License" in card
+    assert "llama3_2/license" in (out / "LICENSE").read_text()
+    assert "Llama 3.2 is licensed under the Llama 3.2 Community License" in (out / "NOTICE").read_text()
+
+
+def test_a_licence_beside_the_tokenizer_is_copied(made: Path, words: Path, tmp_path: Path) -> None:
+    tokenizer = Path(shutil.copytree(words, tmp_path / "words"))
+    (tokenizer / "LICENSE.txt").write_text("terms")
+    out = to_hf(made / "import", tmp_path / "out", tokenizer, verify=False)
+    assert (out / "LICENSE.txt").read_text() == "terms"
+    assert "that of the base, random (see LICENSE.txt)" in (out / "README.md").read_text()
+    assert not (out / "NOTICE").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "factor", "version"),
+    [
+        ("Llama-3.2-3B", 32, None, "3.2"),
+        ("Meta-Llama-3.1-8B", 32, None, "3.1"),
+        ("base", 128_256, 8.0, "3.1"),
+        ("base", 128_256, 32.0, "3.2"),
+        ("base", 128_256, None, "3"),
+        ("base", 32, 32.0, None),
+    ],
+)
+def test_a_llama_is_known_by_its_name_or_its_vocabulary(
+    name: str, vocab_size: int, factor: float | None, version: str | None
+) -> None:
+    link = lineage.Lineage(name=name, kind="base", weights_sha256="")
+    model = replace(MODEL, vocab_size=vocab_size, rope_factor=factor)
+    assert model_card.llama_version(link, model) == version
+
+
+def test_the_card_tells_what_was_trained_on_what(made: Path, words: Path, tmp_path: Path) -> None:
+    save = Path(shutil.copytree(made / "import", tmp_path / "save"))
+    stable = lineage.Lineage(name="s", kind="train", weights_sha256="1", step=9, tokens=900, parent=lineage.read(save))
+    branch = lineage.Lineage(name="b", kind="train", weights_sha256="2", step=5, tokens=1500, parent=stable)
+    lineage.write(save, branch)
+    web = SourceTokens(name="web", available=1000, planned=2000, consumed=1234, planned_epochs=2.0, epochs=1.234)
+    record = LedgerRecord(planned_tokens=2000, consumed_tokens=1234, sources=(web,), phases=(), streams=())
+    rundir.write_json(save / "ledger.json", to_dict(record))
+    card = (to_hf(save, tmp_path / "out", words, verify=False) / "README.md").read_text()
+    for fact in ("base: random", "stable run: s", "branch: b", "| train | b | 5 | 1,500 |", "| web | 1,234 | 1.23 |"):
+        assert fact in card
+
+
+def test_an_export_speaks_in_plain_turns_unless_it_keeps_the_tokenizers_template(
+    made: Path, words: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = Path(shutil.copytree(words, tmp_path / "words"))
+    settings = rundir.read_json(tokenizer / "tokenizer_config.json")
+    rundir.write_json(tokenizer / "tokenizer_config.json", {**settings, "chat_template": "its own"})
+    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    said = {}
+    for template in ("plain", "own"):
+        out = to_hf(made / "import", tmp_path / template, tokenizer, chat_template=template, verify=False)
+        speaker = AutoTokenizer.from_pretrained(out)
+        said[template] = speaker.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert said == {"plain": "<s>User:a\nAssistant:b\nUser:c\nAssistant:", "own": "its own"}
 
 
 def test_number_formats_stay_as_they_are(base: Path, tmp_path: Path) -> None:
@@ -249,6 +313,90 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(words: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_too_small_a_disk_is_told_before_anything_is_written(
+    made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    needed, disk = 4 * MODEL.num_parameters, namedtuple("Usage", "free")
+    before = snapshot(tmp_path)
+
+    def convert() -> None:
+        if way == "in":
+            from_hf(made / "base", tmp_path / "import")
+        else:
+            to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=False)
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(needed - 1))
+    with pytest.raises(BadInput, match="are free"):
+        convert()
+    assert snapshot(tmp_path) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(needed))
+    convert()
+
+
+def test_files_that_a_killed_export_finished_are_kept(
+    made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_folder.write_weights, "__kwdefaults__", {"max_file_bytes": 4096})
+    read, reads = Save.read, 0
+
+    def kill(self: Save, key: str, layer: int | None = None) -> torch.Tensor:
+        nonlocal reads
+        reads += 1
+        if reads == 9:
+            raise KeyboardInterrupt
+        return read(self, key, layer)
+
+    def export(dtype: Dtype = "fp32") -> Path:
+        return to_hf(made / "import", tmp_path / "out", words, dtype=dtype, verify=False)
+
+    monkeypatch.setattr(Save, "read", kill)
+    with pytest.raises(KeyboardInterrupt):
+        export()
+    assert not (tmp_path / "out").exists()
+    kept = {path.name: path.stat().st_ino for path in (tmp_path / ".out.partial").glob("*.safetensors")}
+    assert kept
+    monkeypatch.setattr(Save, "read", read)
+    out = export()
+    assert {name: (out / name).stat().st_ino for name in kept} == kept
+    assert not (tmp_path / ".out.partial").exists()
+    assert load_folder(out).keys() == load_folder(made / "base").keys()
+    for name, tensor in load_folder(made / "base").items():
+        assert torch.equal(load_folder(out)[name], tensor)
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_what_a_killed_export_of_another_format_left_is_not_used(made: Path, words: Path, tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    rundir.write_json(partial / "plan.json", {"dtype": "fp16"})
+    (partial / "model.safetensors").write_bytes(b"of another format")
+    out = to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=False)
+    assert (out / "model.safetensors").read_bytes() == (made / "base/model.safetensors").read_bytes()
+    assert not (out / "plan.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_weight_file_that_is_missing_or_cut_off_is_refused(base: Path, tmp_path: Path, damage: str) -> None:
+    weights = hf_folder.Weights(base)
+    tensors = [Named(name=n, shape=s, make=lambda n=n: weights.read(n)) for n, s in weights.shapes.items()]
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    shutil.copy(base / "config.json", sharded)
+    hf_folder.write_weights(sharded, tensors, "fp32", max_file_bytes=4096)
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(BadInput, match=f"{victim.name} cannot be read"):
+        from_hf(sharded, tmp_path / "import")
+    assert not list(tmp_path.glob("*import*"))
+
+
 def test_a_run_folder_stands_for_its_last_whole_save(made: Path, tmp_path: Path) -> None:
     for step in (1, 2, 10):
         shutil.copytree(made / "import", rundir.step_folder(tmp_path, step))
@@ -258,6 +406,50 @@ def test_a_run_folder_stands_for_its_last_whole_save(made: Path, tmp_path: Path)
     for torn in (rundir.step_folder(tmp_path, 10), tmp_path / "checkpoints", tmp_path / "absent"):
         with pytest.raises(BadInput):
             find_save(torn)
+
+
+def plain(folder: Path, num_rows: int) -> Path:
+    """A checkpoint as Megatron-LM leaves it: no model.json, and a vocabulary of `num_rows`."""
+
+    def piece(weight: mapping.Weight) -> torch_dist.Piece:
+        whole = mapping.stacked_shape(weight, replace(MODEL, vocab_size=num_rows))
+        shape = whole if weight.layer is None else (1, *whole[1:])
+        offset = (weight.layer or 0, *[0] * (len(whole) - 1))
+        generator = torch.Generator().manual_seed(1)
+        return torch_dist.Piece(
+            key=weight.key,
+            global_shape=whole,
+            offset=offset,
+            shape=shape,
+            dtype=torch.float32,
+            make=lambda: torch.randn(shape, generator=generator),
+        )
+
+    folder.mkdir(parents=True)
+    torch_dist.write(folder, list(map(piece, mapping.weights(replace(MODEL, vocab_size=num_rows)))))
+    return folder
+
+
+def test_padding_of_a_plain_checkpoints_vocabulary_is_left_out(made: Path, words: Path, tmp_path: Path) -> None:
+    save = plain(tmp_path / "run/iter_0000007", 128)
+    out = to_hf(save, tmp_path / "out", words, dtype="fp32", config=made / "base", verify=False)
+    tensors = load_file(out / "model.safetensors")
+    padded = torch_dist.Reader(save).read("output_layer.weight")
+    assert tensors["lm_head.weight"].shape == (32, 16) and torch.equal(tensors["lm_head.weight"], padded[:32])
+
+
+def test_a_plain_checkpoint_needs_settings_that_fit(made: Path, tmp_path: Path) -> None:
+    small = plain(tmp_path / "run/iter_0000007", 16)
+    with pytest.raises(BadInput, match=r"word_embeddings.weight is \(16, 16\), the model of .*base has \(32, 16\)"):
+        Save(small, made / "base")
+    with pytest.raises(BadInput, match="settings are a pickle") as caught:
+        Save(small)
+    assert "--config FOLDER" in caught.value.fix
+    with pytest.raises(BadInput, match="says itself which model"):
+        Save(made / "import", made / "base")
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("8")
+    with pytest.raises(BadInput, match=r"no folder .*iter_0000008"):
+        find_save(tmp_path / "run")
 
 
 def test_a_save_of_another_shape_than_its_model_json_says_is_refused(made: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from megatron_octo.config.data import CorpusFacts, HubSource, PrepareConfig
+from megatron_octo.convert.hub_model import folder_of
 from megatron_octo.data import hub as hub_module
 from megatron_octo.data.hub import HubFile, check_access, downloads_folder, fetch, release
 from megatron_octo.data.hub_listing import plan_downloads
@@ -96,7 +97,9 @@ class Handler(BaseHTTPRequestHandler):
             repository = self.hub.repositories[match[1]]
             self._content({**repository.files, **repository.converted}[match[2]], headers)
             return
-        match = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", url.path)
+        match = re.fullmatch(
+            r"/(?:api/)?(?:datasets/|models/)?([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", url.path
+        )
         if not match:
             self._send(404, {})
             return
@@ -113,12 +116,17 @@ class Handler(BaseHTTPRequestHandler):
         converted = revision in ("refs/convert/parquet", CONVERTED)
         commit, files = (CONVERTED, repository.converted) if converted else (COMMIT, repository.files)
         if verb == "revision":
-            self._send(200, {}, {"id": name, "sha": commit, "cardData": repository.card})
+            names = [{"rfilename": path} for path in files]
+            self._send(200, {}, {"id": name, "sha": commit, "cardData": repository.card, "siblings": names})
         elif verb == "tree":
             entries = tree(files, rest, recursive=parse_qs(url.query)["recursive"] == ["true"])
             self._send(*((200, {}, entries) if entries else (404, {"X-Error-Code": "EntryNotFound"})))
         else:
-            about = {"X-Repo-Commit": commit, "ETag": '"e"', "X-Linked-Size": str(len(files[rest]))}
+            about = {
+                "X-Repo-Commit": commit,
+                "ETag": f'"{git_id(files[rest])}"',
+                "X-Linked-Size": str(len(files[rest])),
+            }
             self._send(302, {**about, "Location": f"{self.hub.storage_url}/get/{name}/{rest}"})
 
     def _refusal(
@@ -248,6 +256,56 @@ def large(fake) -> HubFile:
     """The plan of the 1 MiB file."""
     (file,) = plan_downloads(HubSource(repository="owner/public", files=("large/*.parquet",)))
     return file
+
+
+@pytest.fixture
+def models(fake, monkeypatch, tmp_path) -> FakeHub:
+    """The stand-in with a model; what is downloaded of it goes to a cache of this test."""
+    files = {"config.json": b"{}", "model.safetensors": LARGE, "tokenizer.json": b"{}", "LICENSE": b"terms"}
+    others = {"pytorch_model.bin": b"a pickle", "modeling_own.py": b"code", "original/model.safetensors": LARGE}
+    fake.repositories["owner/model"] = Repository({**files, **others})
+    fake.repositories["owner/gated-model"] = Repository(files, gated=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return fake
+
+
+def test_of_a_model_the_weights_settings_and_tokenizer_are_downloaded_and_no_code(models):
+    folder = folder_of("owner/model", COMMIT)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"}
+    assert (folder / "model.safetensors").read_bytes() == LARGE
+
+
+@pytest.mark.parametrize(("token", "told"), [(None, "HF_TOKEN is not set"), (BAD, "the token's account has no access")])
+def test_a_gated_model_without_access_names_the_licence_page(models, monkeypatch, token, told):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(BadInput, match=f"model owner/gated-model is gated.*{told}") as caught:
+        folder_of("owner/gated-model", None)
+    assert caught.value.exit_code == 2
+    assert "https://huggingface.co/owner/gated-model" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "told"),
+    [
+        ("owner/absent", None, "there is no model owner/absent"),
+        ("owner/model", "v9", "model owner/model has no revision 'v9'"),
+        ("owner/public", None, "has no config.json"),
+        ("absent", None, "no such folder: absent"),
+        ("/absent/folder", None, "no such folder"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told(models, name, revision, told):
+    with pytest.raises(BadInput, match=told):
+        folder_of(name, revision)
+
+
+def test_a_folder_stands_for_itself_and_has_no_revision(tmp_path):
+    assert folder_of(str(tmp_path), None) == tmp_path
+    with pytest.raises(BadInput, match="has no revision v1"):
+        folder_of(str(tmp_path), "v1")
 
 
 def test_a_public_set_is_read_in_the_order_of_its_names(fake, config):

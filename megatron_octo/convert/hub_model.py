@@ -1,0 +1,38 @@
+"""A model on the Hugging Face Hub -> a folder of this machine, for `octo convert from-hf`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_octo.config.data import HubSource
+from megatron_octo.convert.hf_folder import CONFIG, TOKENIZER_FILES
+from megatron_octo.data.hub import MODEL, explained
+from megatron_octo.errors import BadInput
+
+FILES = ("*.safetensors", "*.json", *(name for name in TOKENIZER_FILES if not name.endswith(".json")), "LICENSE*")
+"""Weights without code, settings, tokenizer, licence; no pickles, and no subfolder's second copy of the weights."""
+
+
+def folder_of(name: str, revision: str | None) -> Path:
+    """`name` where it is a folder; else the files of the Hub's model `name` (`owner/name`), in huggingface_hub's cache.
+
+    Raises:
+        BadInput: it is neither; or the Hub cannot be reached, or does not give us the model.
+        OctoError: the Hub is ill.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise BadInput(f"{name} is a folder, which has no revision {revision}", fix="leave --revision out")
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise BadInput(f"no such folder: {name}", fix="give a model's folder, or its name on the Hub: owner/name")
+    from huggingface_hub import snapshot_download
+
+    hub = HubSource(repository=name, revision=revision or "main", files=FILES)
+    with explained(hub, MODEL):
+        folder = Path(
+            snapshot_download(name, revision=hub.revision, allow_patterns=list(FILES), ignore_patterns=["*/*"])
+        )
+    if not (folder / CONFIG).is_file():
+        raise BadInput(f"model {name} on the Hub has no {CONFIG}", fix="choose a model in transformers' format")
+    return folder

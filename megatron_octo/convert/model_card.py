@@ -1,0 +1,95 @@
+"""What stands beside the weights of an export: README.md, and what the licence of the base asks for."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_octo.budget import ledger
+from megatron_octo.model.mapping import LLAMA, family_of
+from megatron_octo.rundir import write_atomic
+
+if TYPE_CHECKING:
+    from megatron_octo.config.model import ModelConfig
+    from megatron_octo.lineage import Lineage
+
+CARD = "README.md"
+LICENCE, NOTICE = "LICENSE", "NOTICE"
+LICENCE_FILES = ("LICENSE*", "USE_POLICY*")
+LLAMA3_IDS = 128_256
+"""Rows of the embedding of Llama 3 and what follows it."""
+BY_FACTOR = {8.0: "3.1", 32.0: "3.2"}
+"""Version of a Llama 3 by the factor of its rotary scaling."""
+
+
+def write(folder: Path, link: Lineage, model: ModelConfig, *, save: Path, base: Path, dtype: str) -> None:
+    """Write the files into `folder`, the export of `save`; `base` may hold the licence to copy."""
+    version = llama_version(link, model)
+    for path in (path for pattern in LICENCE_FILES for path in base.glob(pattern)):
+        shutil.copyfile(path, folder / path.name)
+    if version is not None:
+        terms = f"Llama {version} Community License".replace("  ", " ")
+        page = f"https://www.llama.com/llama{version.replace('.', '_')}/license/"
+        if not _copied(folder):
+            write_atomic(folder / LICENCE, f"{terms}\n\nThe text is at {page}\n")
+        write_atomic(
+            folder / NOTICE,
+            f"Llama {version} is licensed under the {terms},\n"
+            "Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n",
+        )
+        licence = f"Built with Llama. The licence of the base, the [{terms}]({page}), applies to this model too.\n\n"
+    else:
+        licence = f"Licence: that of the base, {link.chain()[0].name}{_copied(folder)}.\n\n"
+    write_atomic(folder / CARD, _card(name_of(link, version), licence, link, dtype) + _ledger(save))
+
+
+def llama_version(link: Lineage, model: ModelConfig) -> str | None:
+    """`3.2` where the model descends from Meta's Llama 3.2, and so on; None where from no Llama."""
+    base = link.chain()[0].name.lower()
+    is_llama3 = family_of(model) is LLAMA and model.vocab_size == LLAMA3_IDS
+    if "llama" not in base and not is_llama3:
+        return None
+    named = re.search(r"llama-?(\d(?:\.\d)?)", base)
+    return named[1] if named else BY_FACTOR.get(model.rope_factor or 0.0, "3")
+
+
+def name_of(link: Lineage, version: str | None) -> str:
+    """The model's name; that of a Llama begins with Llama, as its licence asks."""
+    return link.name if version is None or link.name.startswith("Llama") else f"Llama-{version}-{link.name}"
+
+
+def _copied(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob(f"{LICENCE}*"))
+    return f" (see {', '.join(names)})" if names else ""
+
+
+def _ledger(save: Path) -> str:
+    """What the last run read of each source; nothing for an import."""
+    if not (save / ledger.FILE).exists():
+        return ""
+    sources = ledger.read_ledger(save).sources
+    rows = "\n".join(f"| {each.name} | {each.consumed:,} | {each.epochs:.2f} |" for each in sources)
+    return f"\n| source | tokens read | epochs |\n|---|---|---|\n{rows}\n"
+
+
+def _card(name: str, licence: str, link: Lineage, dtype: str) -> str:
+    chain = link.chain()
+    trained = [each for each in chain if each.kind == "train"]
+    facts = [f"* base: {chain[0].name}"]
+    facts += [f"* {'stable run' if each is trained[0] else 'branch'}: {each.name}" for each in trained]
+    rows = "\n".join(
+        f"| {each.kind} | {each.name} | {'' if each.step is None else each.step} | {each.tokens:,} | "
+        f"`{each.weights_sha256[:12]}` |"
+        for each in chain
+    )
+    return (
+        f"# {name}\n\n"
+        f"{licence}"
+        f"Made by megatron_octo: Stable-then-Decay mid-training, then `octo convert to-hf --dtype {dtype}`.\n"
+        "`verify.json` holds the comparison with the Megatron model that it was converted from.\n\n"
+        f"{'\n'.join(facts)}\n\n"
+        "| made by | name | step | tokens trained | weights |\n|---|---|---|---|---|\n"
+        f"{rows}\n"
+    )
