@@ -104,7 +104,7 @@ def beyond_the_plan(config: MidTrainConfig) -> int:
     norms = 0
     if (
         model.qk_norm
-    ):  # of queries and keys: as `norm_beyond`; with a view that holds values, and queries that are copied
+    ):  # as `norm_beyond`; their input is a view that holds values too, and a copy of the queries
         copied = model.num_heads if model.num_kv_heads > tensor else 0  # unless a rank has one group
         norms = 4 * (model.num_heads + model.num_kv_heads) + (copied + model.num_kv_heads) * model.head_dim * dtype
     layer = 2 * norm_beyond(config) + (result + swiglu + norms) // tensor
