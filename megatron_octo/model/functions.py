@@ -33,8 +33,8 @@ def _rms_norm_function() -> Any:
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
             wide = x.float()  # bf16 squares are summed in fp32
-            scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-            scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            scale = wide.square().mean(-1, keepdim=True)
+            scale = scale.add_(eps).rsqrt_()
             ctx.save_for_backward(x, weight, scale)
             return (wide * scale).to(x.dtype).mul_(weight)
 

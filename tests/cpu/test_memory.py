@@ -102,9 +102,7 @@ def beyond_the_plan(config: MidTrainConfig) -> int:
     result = model.num_heads * model.head_dim * dtype  # the attention's, once more with the heads side by side
     swiglu = model.ffn_size * dtype  # silu(gate)
     norms = 0
-    if (
-        model.qk_norm
-    ):  # as `norm_beyond`; their input is a view that holds values too, and a copy of the queries
+    if model.qk_norm:  # as `norm_beyond`; their input is a view that holds values too, and a copy of the queries
         copied = model.num_heads if model.num_kv_heads > tensor else 0  # unless a rank has one group
         norms = 4 * (model.num_heads + model.num_kv_heads) + (copied + model.num_kv_heads) * model.head_dim * dtype
     layer = 2 * norm_beyond(config) + (result + swiglu + norms) // tensor
