@@ -273,6 +273,7 @@ def explained(hub: HubSource, kind: Kind = DATA_SET) -> Iterator[None]:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -303,12 +304,13 @@ def explained(hub: HubSource, kind: Kind = DATA_SET) -> Iterator[None]:
         ) from None
     except HfHubHTTPError as error:
         raise _refused(hub, kind, error.response.status_code, error.server_message) from error
-    except httpx.RequestError as error:
+    except (LocalEntryNotFoundError, httpx.RequestError) as found:  # the former is what a whole snapshot makes of them
+        why = found.__cause__ if isinstance(found.__cause__, httpx.RequestError) else found
         raise BadInput(
             f"{kind.noun} {hub.repository} is on the Hub, which is read only when online, and {HfApi().endpoint} "
-            f"cannot be reached: {type(error).__name__}: {error}",
+            f"cannot be reached: {type(why).__name__}: {why}",
             fix=f"go online (a proxy: HTTPS_PROXY; a mirror: HF_ENDPOINT); or {_elsewhere(hub, kind)}",
-        ) from error
+        ) from found
     except json.JSONDecodeError as error:
         raise BadInput(
             f"{HfApi().endpoint} does not answer as the Hub does: {error}",

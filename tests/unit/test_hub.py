@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import httpx
 import pytest
 
 from megatron_octo.config.data import CorpusFacts, HubSource, PrepareConfig
@@ -300,6 +301,17 @@ def test_a_gated_model_without_access_names_the_licence_page(models, monkeypatch
 def test_a_model_that_is_not_there_is_told(models, name, revision, told):
     with pytest.raises(BadInput, match=told):
         folder_of(name, revision)
+
+
+def test_a_model_whose_hub_cannot_be_reached_is_told(models, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", _no_answer)
+    with pytest.raises(BadInput, match=r"owner/model is .* cannot be reached: ConnectError: no route") as caught:
+        folder_of("owner/model", None)
+    assert "hf download owner/model" in caught.value.fix
+
+
+def _no_answer(*args: object, **options: object) -> None:
+    raise httpx.ConnectError("no route")
 
 
 def test_a_folder_stands_for_itself_and_has_no_revision(tmp_path):
