@@ -10,15 +10,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_octo.config.base import to_dict
+from megatron_octo.config.base import read_settings, to_dict
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.model.untrusted import check_record, read_index, weights_only
-from megatron_octo.rundir import differences, read_json
-
-if TYPE_CHECKING:
-    from megatron_octo.config.model import ModelConfig
+from megatron_octo.rundir import differences
 
 MODEL_FILE = "model.json"
 EXTRA_STATE = "_extra_state"  # a layer's own record (FP8 scales), in a run's saves only: an import has weights alone
@@ -78,9 +76,8 @@ def check_shape(config: ModelConfig, folder: Path) -> None:
     Raises:
         BadInput: a field that the weights depend on differs.
     """
-    differing = [
-        each for each in differences(read_json(folder / MODEL_FILE), to_dict(config)) if each[0] not in NOT_IN_WEIGHTS
-    ]
+    there = to_dict(read_settings(ModelConfig, folder / MODEL_FILE))  # a field that it lacks has its default
+    differing = [each for each in differences(there, to_dict(config)) if each[0] not in NOT_IN_WEIGHTS]
     if differing:
         lines = "\n".join(f"  model.{name}: {old!r} there, {new!r} asked for" for name, old, new in differing)
         raise BadInput(
