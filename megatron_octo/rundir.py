@@ -75,6 +75,11 @@ def read_json(path: Path) -> Any:
         raise BadInput(f"{path} is not JSON: {error}", fix="delete it and run the stage that writes it") from None
 
 
+def free_bytes(folder: Path) -> int:
+    """Room on the disk that `folder`, which need not be there yet, lies or will lie on."""
+    return shutil.disk_usage(next(each for each in folder.absolute().parents if each.exists())).free
+
+
 def is_done(folder: Path) -> bool:
     """Whether the stage that writes `folder` finished."""
     return (folder / DONE).exists()

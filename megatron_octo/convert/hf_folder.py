@@ -31,6 +31,7 @@ WEIGHT_FILES = "*.safetensors"
 MAX_FILE_BYTES = 5_000_000_000
 """Largest weight file written; Hugging Face's own default."""
 
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -39,11 +40,9 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 
-
-CHAT_TEMPLATE = "chat_template.jinja"
 PLAIN_TEMPLATE = """\
 {{- bos_token }}
 {%- set names = {"user": "User", "assistant": "Assistant", "system": "System"} %}

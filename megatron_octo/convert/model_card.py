@@ -30,7 +30,7 @@ def write(folder: Path, link: Lineage, model: ModelConfig, *, save: Path, base: 
     for path in (path for pattern in LICENCE_FILES for path in base.glob(pattern)):
         shutil.copyfile(path, folder / path.name)
     if version is not None:
-        terms = f"Llama {version} Community License".replace("  ", " ")
+        terms = f"Llama {version} Community License"
         page = f"https://www.llama.com/llama{version.replace('.', '_')}/license/"
         if not _copied(folder):
             write_atomic(folder / LICENCE, f"{terms}\n\nThe text is at {page}\n")

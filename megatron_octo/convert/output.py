@@ -36,7 +36,7 @@ def check_room(output: Path, num_bytes: int) -> None:
     Raises:
         BadInput: so it is.
     """
-    free = shutil.disk_usage(next(each for each in output.absolute().parents if each.exists())).free
+    free = rundir.free_bytes(output)
     if free < num_bytes:
         raise BadInput(
             f"the weights take {console.size(num_bytes)} on the disk of {output}, and {console.size(free)} are free",

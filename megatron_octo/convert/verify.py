@@ -189,8 +189,9 @@ def _hf_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 def _available_bytes() -> int:
     """Memory that is free, by the kernel's estimate."""
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _hf_logits_by_layer(source: Save, hf: Path, tokens: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_octo.data.manifest import FileRecord, FileState
 from megatron_octo.data.read import LINES, input_files
 from megatron_octo.data.shards import LOSS
 from megatron_octo.errors import BadInput
+from megatron_octo.rundir import free_bytes
 
 AT_ONCE = 2  # one is read, the next is fetched
 # Ids of four bytes take about what their text takes. Packed files hold about twice their size in text (FineMath-4plus:
@@ -150,7 +150,7 @@ def _check_disk(
     tokens = max(0, needed - written)
     folder = downloads_folder(config)
     fetched = sum(heapq.nlargest(AT_ONCE, (missing_bytes(each, folder) for each in downloads)))
-    free = shutil.disk_usage(next(each for each in config.output.absolute().parents if each.exists())).free
+    free = free_bytes(config.output)
     if free < fetched + tokens:
         which = "the files" if len(downloads) <= AT_ONCE else f"the largest {AT_ONCE} of {len(downloads):,} files"
         to_download = f"{console.size(fetched)} for {which} to download, " if downloads else ""

@@ -63,7 +63,7 @@ def _turn(x: Any, cos: Any, sin: Any, *, out: Any) -> Any:
 
     half = x.shape[-1] // 2
     torch.mul(x, cos.to(x.dtype), out=out)
-    sin = sin.to(x.dtype)
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    sin = sin.to(x.dtype)  # no addcmul_ below: it rounds once less than transformers
+    out[..., :half].sub_(x[..., half:] * sin[..., :half])
+    out[..., half:].add_(x[..., :half] * sin[..., half:])
     return out

@@ -94,7 +94,7 @@ def test_an_export_gives_the_logits_of_the_megatron_model(single: dict[str, Any]
         assert report["num_tensors"] == 4 * 9 + 3
         assert report["num_positions"] >= 1000
         assert report["num_argmax_differences"] == 0
-        assert report["max_logit_difference"] <= min(1e-5 * report["max_logit"], 1e-4)
+        assert report["max_logit_difference"] <= 1e-6 * report["max_logit"] <= 1e-4
         assert 0 <= report["mean_kl"] < 1e-10
 
 
@@ -200,10 +200,10 @@ def _randomise_norms(file: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(file)
+    tensors, draw = load_file(file), torch.Generator().manual_seed(0)
     for tensor in tensors.values():
         if tensor.dim() == 1:
-            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+            tensor.copy_(torch.rand(tensor.shape, generator=draw) + 0.5)
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -284,6 +284,7 @@ def _families(work: Path) -> dict[str, Any]:
             initializer_range=0.15,
             **({"head_dim": 32} if settings is Qwen3Config else {}),
         )
+        torch.manual_seed(0)
         model = make(config)
         with torch.no_grad():
             for parameter in model.parameters():

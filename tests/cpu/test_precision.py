@@ -31,10 +31,16 @@ def without_scales() -> None:
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Train:
-    """Train a small stage with these settings changed; the steps, losses and norms of its metrics. Once each."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the data are, the runs and their log."""
     folder = tmp_path_factory.mktemp("precision")
     write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(folder: Path, zygote: Zygote) -> Train:
+    """Train a small stage with these settings changed; the steps, losses and norms of its metrics. Once each."""
 
     def run(name: str, steps: int, *, bare: bool = False, ranks: int = 1, **changes: object) -> list[tuple[float, ...]]:
         name = f"{name}-{steps}"
@@ -114,9 +120,8 @@ def test_activations_computed_again_change_no_bit(recompute, parallel, train):
     assert train(name, 6, ranks=ranks, precision=fp32, parallel=parallel, compute=compute) == kept
 
 
-def test_a_stage_trains_in_bf16_and_says_so_where_fp8_is_missing(train, tmp_path_factory):
+def test_a_stage_trains_in_bf16_and_says_so_where_fp8_is_missing(train, folder):
     bf16 = train("bf16", 10, precision=PrecisionConfig(dtype="bf16"))
     fallback = PrecisionConfig(dtype="bf16", fp8="tensorwise", fp8_fallback=True)
     assert train("fallback", 10, precision=fallback) == bf16
-    log = next(Path(each) for each in tmp_path_factory.getbasetemp().glob("precision*/log")).read_text()
-    assert "training in bf16: precision.fp8 tensorwise needs a GPU" in log
+    assert "training in bf16: precision.fp8 tensorwise needs a GPU" in (folder / "log").read_text()
