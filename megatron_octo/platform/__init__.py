@@ -112,7 +112,7 @@ def resolve() -> Platform:
 
 def _missing_on_gpu() -> list[Missing]:
     missing = []
-    if not _installed("transformer_engine"):
+    if not (_installed("transformer_engine") and _installed("transformer_engine_torch")):  # built apart, by itself
         missing.append(
             Missing(
                 what="Transformer Engine",

@@ -79,6 +79,7 @@ def wrap_chunks(chunks: Sequence[Any], config: MidTrainConfig) -> list[Any]:
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=chunks[0].config.fp8_param,  # else the update never reaches weights that are kept in FP8
     )
     wrapped = [
         DistributedDataParallel(
