@@ -23,6 +23,7 @@ def check_fit(config: MidTrainConfig) -> None:
         SettingsError: with the two settings, their values and what to change.
     """
     _check_fsdp(config)
+    _check_context(config)
     _check_cuda_graphs(config)
     if config.precision.fp8 != "off":
         _check_bf16_layers(config)
@@ -32,19 +33,22 @@ def check_fit(config: MidTrainConfig) -> None:
 
 
 def _check_fsdp(config: MidTrainConfig) -> None:
-    parallel = config.parallel
-    if not parallel.fsdp:
-        return
     require(
-        parallel.distributed_optimizer,
-        "parallel.fsdp without parallel.distributed_optimizer",
-        fix="turn it on: FSDP shares out the optimizer's state too",
+        not config.parallel.fsdp,
+        "parallel.fsdp is not there yet: megatron-core's FSDP saves in a form of its own, which no other layout and no "
+        "`octo convert` reads",
+        fix="turn it off: parallel.tensor shares out weights and gradients, parallel.distributed_optimizer the "
+        "optimizer's state",
     )
+
+
+def _check_context(config: MidTrainConfig) -> None:
+    context, length = config.parallel.context, config.data.seq_length
     require(
-        parallel.pipeline == 1,
-        f"parallel.fsdp with parallel.pipeline {parallel.pipeline}: a stage would gather its weights anew for every "
-        "micro-batch",
-        fix="set parallel.pipeline to 1, or turn parallel.fsdp off",
+        context == 1 or length % (2 * context) == 0,
+        f"data.seq_length {length} with parallel.context {context}: each rank takes two of {2 * context} equal parts of "
+        "a sequence",
+        fix="choose a length that divides, or another parallel.context",
     )
 
 
@@ -61,11 +65,6 @@ def _check_cuda_graphs(config: MidTrainConfig) -> None:
             not config.data.across_documents,
             "data.across_documents off: the number of documents, a shape, changes from batch to batch",
             "leave data.across_documents on",
-        ),
-        (
-            config.parallel.fsdp,
-            "parallel.fsdp: weights would have no fixed address",
-            "turn parallel.fsdp off",
         ),
         (
             config.precision.fp8 != "off" and config.precision.fp8_emulation,
@@ -101,7 +100,6 @@ def _check_fp8_weights(config: MidTrainConfig) -> None:
     for conflict, why in (
         (precision.fp8_emulation, "precision.fp8_emulation, which rounds bf16 weights at each use"),
         (not parallel.distributed_optimizer, "parallel.distributed_optimizer off, which keeps their fp32 copies"),
-        (parallel.fsdp, "parallel.fsdp, which gathers bf16"),
         (
             precision.fp8 == "mxfp8" and parallel.overlap_param_gather,
             "precision.fp8 mxfp8 and parallel.overlap_param_gather, which would share a buffer with the gradients",

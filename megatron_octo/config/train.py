@@ -114,7 +114,7 @@ class ParallelConfig(Settings):
     overlap_param_gather: bool = False
     """Gather parameters while the next forward pass runs; needs the two options above."""
     fsdp: bool = False
-    """Share weights and gradients too among data-parallel ranks (megatron-core's FSDP); needs GPUs."""
+    """Share weights and gradients too among data-parallel ranks: refused, until saves of it can be read anywhere."""
 
     def __post_init__(self) -> None:
         require_positive(self, "parallel.", "tensor", "pipeline", "context")
@@ -405,9 +405,7 @@ class MidTrainConfig(Settings):
     @property
     def asks_of_the_machine(self) -> bool:
         """Whether some setting works on some machines only; `model/build.py:check_platform` knows which."""
-        return (
-            self.parallel.context > 1 or self.parallel.fsdp or self.compute.cuda_graphs or self.precision.fp8 != "off"
-        )
+        return self.parallel.context > 1 or self.compute.cuda_graphs or self.precision.fp8 != "off"
 
     def resolve(self, world_size: int) -> TrainPlan:
         """Check what depends on the number of ranks and do the arithmetic.

@@ -5,7 +5,7 @@ pass, shared out by tensor and sequence parallelism, times the micro-batches tha
 sums are for GELU, LayerNorm, dropout and whole attention squares; these are for RMSNorm, SwiGLU, grouped queries and
 attention that keeps no square (flash attention), without dropout.
 
-Not in it: FSDP (the estimate is then too high), offloading, CUDA graphs' own buffers.
+Not in it: offloading, CUDA graphs' own buffers.
 """
 
 from __future__ import annotations

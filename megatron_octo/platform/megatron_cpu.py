@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -28,12 +29,19 @@ def install() -> None:
     if torch.cuda.is_available() or hasattr(torch.cuda, INSTALLED):
         return
     setattr(torch.cuda, INSTALLED, True)
+    _hide_cuda_packages()
     _redirect_runtime()
     _redirect_devices()
     _drop_device_ids()
     _import_uncompiled()
     _skip_exchange_with_oneself()
     _redirect_megatron_rng()
+
+
+def _hide_cuda_packages() -> None:
+    """Where GPUs are there, but hidden from this process, so are these packages: megatron would take their kernels."""
+    for package in ("transformer_engine", "apex"):
+        sys.modules[package] = None  # type: ignore[assignment]  # to import it says that it is not there
 
 
 def _redirect_runtime() -> None:
