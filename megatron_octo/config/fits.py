@@ -46,8 +46,8 @@ def _check_context(config: MidTrainConfig) -> None:
     context, length = config.parallel.context, config.data.seq_length
     require(
         context == 1 or length % (2 * context) == 0,
-        f"data.seq_length {length} with parallel.context {context}: each rank takes two of {2 * context} equal parts of "
-        "a sequence",
+        f"data.seq_length {length} with parallel.context {context}: each rank takes two of {2 * context} equal parts "
+        "of a sequence",
         fix="choose a length that divides, or another parallel.context",
     )
 

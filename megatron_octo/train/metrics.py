@@ -56,6 +56,7 @@ class Metrics:
             "optim/grad_norm": result.grad_norm,
             **more,
             **{f"valid/{name}/loss": loss for name, loss in held_out.items()},
+            "memory/peak_gib": peak_memory_gib(),
             "time_s": self.time_s,
         }
         if result.skipped:

@@ -77,6 +77,7 @@ def test_a_row_of_metrics(opened, tmp_path):
         "optim/weight_decay": 0.1,
         "optim/grad_norm": 0.874,
         "valid/web/loss": 2.5,
+        "memory/peak_gib": 61.3,
         "throughput/tokens_per_second": 512.0,
     }
 
