@@ -108,6 +108,7 @@ def _redirect_runtime() -> None:
 def _redirect_devices() -> None:
     """`device="cuda"` in torch's factories, `.to("cuda")` and `.cuda()` mean the CPU."""
     import torch
+    from torch.distributed import DeviceMesh
 
     cpu = torch.device("cpu")
 
@@ -142,6 +143,12 @@ def _redirect_devices() -> None:
         return result
 
     torch.Tensor.to, torch.Tensor.type = to, type_
+    from_group = DeviceMesh.from_group
+
+    def mesh(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return from_group(group, "cpu" if is_cuda(device_type) else device_type, *args, **kwargs)
+
+    DeviceMesh.from_group = staticmethod(mesh)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 

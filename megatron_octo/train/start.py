@@ -155,6 +155,12 @@ def _check_branch(config: MidTrainConfig, start: FromRun, mixture: Mixture, save
             f"the moments in {save} were saved with parallel.distributed_optimizer {kept}, this run has {wanted}",
             fix="use the parent's setting, or start without its moments (start.optimizer False)",
         )
+    before, now = parent.precision.dtype, config.precision.dtype
+    if start.optimizer and not wanted and before != now:  # only the distributed optimizer keeps fp32 copies of both
+        raise BadInput(
+            f"the moments in {save} were saved with precision.dtype {before}, this run has {now}",
+            fix="use the parent's setting, or start without its moments (start.optimizer False)",
+        )
     if start.skip_consumed:
         check_unchanged(mixture, state.data, save)
         if parent.data.seq_length != config.data.seq_length:
