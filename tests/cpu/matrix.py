@@ -31,6 +31,7 @@ from tests.prepared import stage, write_data, write_source, write_tokenizer, wri
 LAYOUTS = {
     "dp2": ParallelConfig(),
     "dp2-overlap": ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True),
+    "dp2-plain": ParallelConfig(distributed_optimizer=False),
     "fsdp2": ParallelConfig(fsdp=True, distributed_optimizer=False),
     "tp2": ParallelConfig(tensor=2),
     "tp2-sp": ParallelConfig(tensor=2, sequence=True),
@@ -39,6 +40,7 @@ LAYOUTS = {
 }
 # A save of the layout before the arrow is resumed by the one after it.
 CHANGES = {"tp2-sp": "pp2", "pp2": "dp2", "pp2-vpp2": "tp2", "dp2": "pp2-vpp2"}
+BF16_LAYOUTS = ("dp2", "tp2-sp", "pp2")
 PEAK = 3e-3
 
 
@@ -164,7 +166,8 @@ def train_together(folder: Path) -> None:
             interrupt(name, f"{name}-resumed", after=10)
         dist.barrier()
         train(laid_out(child(folder, f"{name}-resumed"), LAYOUTS[name]))
-    train(replace(bf16(folder, "bf16-tp2"), parallel=LAYOUTS["tp2-sp"]))
+    for layout in BF16_LAYOUTS:
+        train(replace(bf16(folder, f"bf16-{layout}"), parallel=LAYOUTS[layout]))
     train(replace(bf16(folder, "bf16-fsdp2", moments=False), parallel=LAYOUTS["fsdp2"]))
     dist.destroy_process_group()
 
@@ -198,8 +201,8 @@ def reweighed(folder: Path, name: str) -> MidTrainConfig:
 
 
 def bf16(folder: Path, name: str, *, moments: bool = True) -> MidTrainConfig:
-    """5 steps in bf16 from weights that were trained in fp32."""
-    small = replace(stage(folder / "data", name, steps=5), start=FromRun(run="base", optimizer=moments))
+    """20 steps in bf16 from weights that were trained in fp32."""
+    small = replace(stage(folder / "data", name, steps=20), start=FromRun(run="base", optimizer=moments))
     return replace(small, precision=PrecisionConfig(dtype="bf16"))
 
 
