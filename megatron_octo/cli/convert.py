@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument(
             "--config", metavar="HF", type=Path, help="of a plain Megatron checkpoint: a folder of a model of its shape"
         )
+        each.add_argument(
+            "--text",
+            metavar="FILE",
+            type=_text_file,
+            help="what both models read when they are compared (a text of ours)",
+        )
 
     random = commands.add_parser("random-base", help="a base model of random weights in Hugging Face format")
     random.add_argument("recipe", metavar="RECIPE", help="path.py:function, or JSON, of a RandomBaseConfig or pipeline")
@@ -82,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     for each in (importing, exporting, random):
         each.add_argument("--overwrite", action="store_true", help="replace OUT")
     return options
+
+
+def _text_file(name: str) -> Path:
+    if not Path(name).is_file():
+        raise BadInput(f"no such file: {name}", fix="give --text a file of plain text, or leave it out")
+    return Path(name)
 
 
 def _from_hf(own: argparse.Namespace) -> None:
@@ -99,6 +111,7 @@ def _from_hf(own: argparse.Namespace) -> None:
 
 
 def _to_hf(own: argparse.Namespace) -> None:
+    from megatron_octo.convert import sample
     from megatron_octo.convert.hf_folder import read_tokenizer
     from megatron_octo.convert.save import Save, find_save
     from megatron_octo.convert.to_hf import to_hf
@@ -118,12 +131,14 @@ def _to_hf(own: argparse.Namespace) -> None:
             config=own.config,
             chat_template=own.chat_template or _default_template(folder),
             verify=not own.skip_verify,
+            text=own.text or sample.TEXT,
             overwrite=own.overwrite,
         )
     _say(own, source.model, output=output, source=folder, tokenizer=tokenizer, dtype=own.dtype)
 
 
 def _verify(own: argparse.Namespace) -> None:
+    from megatron_octo.convert import sample
     from megatron_octo.convert.save import Save, find_save
     from megatron_octo.convert.verify import describe, verify
 
@@ -131,7 +146,7 @@ def _verify(own: argparse.Namespace) -> None:
     if own.dry_run:
         _say(own, Save(folder, own.config).model, output=own.hf / "verify.json", source=folder)
         return
-    report = verify(folder, own.hf, own.config)
+    report = verify(folder, own.hf, own.config, text=own.text or sample.TEXT)
     if own.json:
         console.emit_json(asdict(report))
     else:

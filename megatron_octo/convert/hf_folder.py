@@ -187,13 +187,18 @@ class Tokenizer:
                 shutil.copyfile(self.folder / name, folder / name)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()
+
+
 def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     """Load a tokenizer folder to learn its control ids, and check that the model has a row for each id.
 
     Raises:
         BadInput: no tokenizer there, or more ids than the model has rows.
     """
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+    if not has_tokenizer(folder):
         raise BadInput(f"{folder} holds no tokenizer.json and no tokenizer.model", fix="give a tokenizer folder")
     from transformers import AutoTokenizer
 

@@ -70,8 +70,10 @@ def test_the_last_save_of_a_run_is_exported_and_verified(octo: Octo, run_folder:
     assert done.returncode == 0, done.stderr
     said, out = json.loads(done.stdout), run_folder / "hf/step_00000005"
     assert (said["output"], said["dtype"], said["num_parameters"]) == (str(out), "bf16", 1_033_344)
-    assert "tensors bit-identical" in done.stderr
-    assert rundir.is_done(out) and rundir.read_json(out / "verify.json")["num_positions"] >= 1000
+    report = rundir.read_json(out / "verify.json")
+    assert rundir.is_done(out) and report["num_positions"] >= 1000
+    assert report["tokens"] == "random tokens, since the tokenizer makes too little of sample.txt"
+    assert "tensors bit-identical" in done.stderr and report["tokens"] in done.stderr
     assert (out / "tokenizer.json").read_bytes() == (
         run_folder.parent / "miniature/tokenizer/tokenizer.json"
     ).read_bytes()
@@ -126,6 +128,7 @@ def test_bad_input_is_told_and_changes_nothing(convert: Run, run_folder: Path, m
         ("to-hf", save, runs / "out", "--tokenizer", runs / "notes"): "no tokenizer",
         ("to-hf", save, run_folder): "holds something else",
         ("verify", save, runs / "notes"): "no *.safetensors",
+        ("verify", save, base, "--text", runs / "absent.txt"): "no such file",
         ("random-base", f"{RECIPE[:-8]}stable"): "describes no random base",
     }
     for args, told in cases.items():

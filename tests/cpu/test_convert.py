@@ -37,7 +37,7 @@ MODEL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     ffn_size=96,
-    vocab_size=64,
+    vocab_size=320,
     tied_embeddings=False,
     rope_factor=32.0,
     max_positions=2048,
@@ -56,18 +56,18 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, `base`, a random model, and `import`, made from it."""
-    from tokenizers import Tokenizer, models
+    """A folder with a tokenizer of bytes, `base`, a random model, and `import`, made from it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from megatron_octo.convert.from_hf import from_hf
     from megatron_octo.convert.random_base import random_base
 
     folder = tmp_path_factory.mktemp("convert")
-    vocabulary = {name: index for index, name in enumerate(["<s>", "</s>", "<unk>"])}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")), bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder / "words")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({name: index for index, name in enumerate(["<s>", "</s>", *alphabet])}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder / "words")
     random_base(RandomBaseConfig(model=MODEL, tokenizer=folder / "words", output=folder / "base"))
     _randomise_norms(folder / "base/model.safetensors")
     from_hf(folder / "base", folder / "import")
@@ -92,7 +92,7 @@ def test_an_export_gives_the_logits_of_the_megatron_model(single: dict[str, Any]
     for dtype in ("fp32", "bf16"):
         report = single["verified"][dtype]
         assert report["num_tensors"] == 4 * 9 + 3
-        assert report["num_positions"] >= 1000
+        assert report["num_positions"] >= 1000 and report["tokens"] == "tokens of sample.txt"
         assert report["num_argmax_differences"] == 0
         assert report["max_logit_difference"] <= 1e-6 * report["max_logit"] <= 1e-4
         assert 0 <= report["mean_kl"] < 1e-10
@@ -278,7 +278,7 @@ def _families(work: Path) -> dict[str, Any]:
             num_attention_heads=4,
             num_key_value_heads=2,
             intermediate_size=96,
-            vocab_size=64,
+            vocab_size=MODEL.vocab_size,
             max_position_embeddings=1024,
             tie_word_embeddings=name.endswith("-tied"),
             initializer_range=0.15,
