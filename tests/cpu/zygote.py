@@ -35,6 +35,8 @@ NEEDED = (
     "torch._dynamo.variables",  # by the first custom operator
     "torch._inductor.test_operators",
     "torch.utils.tensorboard",
+    "transformers.models.auto.tokenization_auto",  # by a conversion
+    "transformers.models.llama.modeling_llama",
 )
 """What a stage imports in its first steps."""
 
