@@ -14,7 +14,7 @@ from megatron_octo.cli import app
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
-from tests.conftest import REPOSITORY, Octo, snapshot
+from tests.conftest import REPOSITORY, Octo, snapshot, word_tokenizer
 
 RECIPE = f"{REPOSITORY / 'recipes/miniature.py'}:pipeline"
 Run = Callable[..., tuple[int, str, str]]
@@ -35,15 +35,7 @@ def convert(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def miniature(runs: Path) -> Path:
     """The miniature's folder, with a tokenizer in it."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    folder = runs / "miniature"
-    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(
-        folder / "tokenizer"
-    )
-    return folder
+    return word_tokenizer(runs / "miniature/tokenizer").parent
 
 
 @pytest.fixture

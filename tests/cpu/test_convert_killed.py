@@ -9,7 +9,7 @@ import pytest
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
 from megatron_octo.convert.output import PLAN
-from tests.conftest import snapshot
+from tests.conftest import snapshot, word_tokenizer
 from tests.cpu import faults
 from tests.cpu.zygote import Zygote
 
@@ -24,16 +24,11 @@ POINTS = 12
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, `base`, a random model, and `import`, made from it."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     from megatron_octo.convert.from_hf import from_hf
     from megatron_octo.convert.random_base import random_base
 
     folder = tmp_path_factory.mktemp("killed")
-    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder / "words")
-    random_base(RandomBaseConfig(model=MODEL, tokenizer=folder / "words", output=folder / "base"))
+    random_base(RandomBaseConfig(model=MODEL, tokenizer=word_tokenizer(folder / "words"), output=folder / "base"))
     from_hf(folder / "base", folder / "import")
     return folder
 
