@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
     from megatron_octo.config.pipeline import RandomBaseConfig
     from megatron_octo.config.train import ChatTemplate
+    from megatron_octo.convert.save import Save
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a save's folder, a run folder (its last save), an imported base, or a plain Megatron checkpoint",
     )
     exporting.add_argument(
-        "output", metavar="OUT", type=Path, nargs="?", help="folder to write; of a save in a run: its hf/step_XXXXXXXX"
+        "output",
+        metavar="OUT",
+        type=Path,
+        nargs="?",
+        help="folder to write; of a save in a run: its hf/step_XXXXXXXX, or hf/Llama-...-step_XXXXXXXX",
     )
     exporting.add_argument(
         "--tokenizer", type=Path, help="tokenizer folder to copy; of a save in a run: the one it trained with"
@@ -117,9 +122,9 @@ def _to_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert.to_hf import to_hf
 
     folder = find_save(own.save)
-    output = own.output or _default_output(folder)
-    tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
     source = Save(folder, own.config)
+    output = own.output or _default_output(source)
+    tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
     if own.dry_run:
         read_tokenizer(tokenizer, source.model)
     else:
@@ -179,10 +184,17 @@ def _random_base_config(recipe: str) -> RandomBaseConfig:
     return base
 
 
-def _default_output(save: Path) -> Path:
+def _default_output(source: Save) -> Path:
+    """hf/step_XXXXXXXX in the run's folder; of a Llama the name in front, as its licence asks."""
+    from megatron_octo.convert.model_card import llama_version, name_of
+
+    save = source.folder
     if save.parent.name != "checkpoints":
         raise BadInput(f"{save} is in no run folder, and no OUT is given", fix="say where to write: to-hf SAVE OUT")
-    return save.parent.parent / "hf" / save.name
+    link = source.lineage()
+    version = llama_version(link, source.model)
+    name = save.name if version is None else f"{name_of(link, version)}-{save.name}"
+    return save.parent.parent / "hf" / name
 
 
 def _default_tokenizer(save: Path) -> Path:

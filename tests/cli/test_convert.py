@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_octo import rundir
+from megatron_octo import lineage, rundir
 from megatron_octo.cli import app
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
@@ -69,6 +70,15 @@ def test_the_last_save_of_a_run_is_exported_and_verified(octo: Octo, run_folder:
     assert (out / "tokenizer.json").read_bytes() == (
         run_folder.parent / "miniature/tokenizer/tokenizer.json"
     ).read_bytes()
+
+
+def test_where_no_folder_is_given_that_of_a_llama_begins_with_llama(convert: Run, run_folder: Path) -> None:
+    save = rundir.step_folder(run_folder, 5)
+    llama = lineage.Lineage(name="Llama-3.2-1B", kind="base", weights_sha256="")
+    lineage.write(save, replace(lineage.read(save), name="stage", parent=llama))
+    code, out, _ = convert("to-hf", run_folder, "--skip-verify")
+    assert (code, out) == (0, f"{run_folder / 'hf/Llama-3.2-stage-step_00000005'}\n")
+    assert (Path(out.strip()) / "README.md").read_text().startswith("# Llama-3.2-stage\n")
 
 
 def test_an_unverified_export_holds_no_report(convert: Run, run_folder: Path, tmp_path: Path) -> None:
