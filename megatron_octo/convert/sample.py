@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_octo.convert.hf_folder import has_tokenizer
+from megatron_octo.convert.hf_folder import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +36,8 @@ def _ids(folder: Path, text: Path) -> list[int]:
     """The text's ids; none without a tokenizer."""
     if not has_tokenizer(folder):
         return []
-    from transformers import AutoTokenizer
-
     words = text.read_text(errors="replace")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]  # longer than its limit
+    ids: list[int] = load_tokenizer(folder)(words, add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]  # longer than its limit
     return ids

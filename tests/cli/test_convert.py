@@ -117,16 +117,30 @@ def test_bad_input_is_told_and_changes_nothing(convert: Run, run_folder: Path, m
     foreign = Path(shutil.copytree(base, runs / "foreign"))
     config = rundir.read_json(foreign / "config.json")
     rundir.write_json(foreign / "config.json", {**config, "model_type": "llama4"})
+    for name, changes in {
+        "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        "large": {"vocab_size": config["vocab_size"] + 1},
+    }.items():
+        shutil.copytree(base, runs / name)
+        rundir.write_json(runs / name / "config.json", {**config, **changes})
+    cut = Path(shutil.copytree(base, runs / "cut"))
+    (cut / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1])
+    torn = Path(shutil.copytree(save, rundir.step_folder(run_folder, 6)))
+    (torn / "DONE").unlink()
     (runs / "notes").mkdir()
     (runs / "notes/a.txt").write_text("kept")
     before = snapshot(runs)
     cases = {
         ("from-hf", runs / "absent", runs / "out"): "no such folder",
         ("from-hf", foreign, runs / "out"): "model_type 'llama4' is not supported\n  fix: did you mean 'llama'?",
+        ("from-hf", runs / "yarn", runs / "out"): "rotary scaling of type 'yarn'",
+        ("from-hf", runs / "large", runs / "out"): "embed_tokens.weight is",
+        ("from-hf", cut, runs / "out"): "model.safetensors cannot be read",
         ("from-hf", base, runs / "notes"): "holds something else",
         ("from-hf", base, runs / "notes", "--overwrite"): "holds something else",
         ("to-hf", runs / "absent"): "no folder",
         ("to-hf", base, runs / "out"): "no whole save",
+        ("to-hf", torn, runs / "out"): "is torn: it has no DONE",
         ("to-hf", save, runs / "out", "--tokenizer", runs / "notes"): "no tokenizer",
         ("to-hf", save, run_folder): "holds something else",
         ("verify", save, runs / "notes"): "no *.safetensors",

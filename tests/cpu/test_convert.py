@@ -122,6 +122,8 @@ MISTAKES = (
     "rotary factor",
     "key and value exchanged",
     "norms exchanged",
+    "norm reversed",
+    "output projection untransposed",
 )
 
 
@@ -344,6 +346,8 @@ def _mistakes() -> dict[str, Callable[[], contextlib.AbstractContextManager[None
         "rotary factor": lambda: _patched(mapping, _write=write_eight),
         "rotary factor both ways": lambda: _patched(mapping, _write=write_eight, _read=read_own),
         "norms exchanged": exchange_norms,
+        "norm reversed": lambda: reordered("fc1.layer_norm_weight", lambda parts: [parts[0].flip(0)]),
+        "output projection untransposed": lambda: reordered("linear_proj.weight", lambda parts: [parts[0].T]),
     }
 
 
