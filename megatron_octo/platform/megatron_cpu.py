@@ -109,7 +109,9 @@ def _redirect_devices() -> None:
     """`device="cuda"` in torch's factories, `.to("cuda")` and `.cuda()` mean the CPU."""
     import torch
     from torch.distributed import DeviceMesh
+    from torch.utils._device import _device_constructors
 
+    _device_constructors()  # what `with torch.device(...)` applies to: it keeps the list of its first call
     cpu = torch.device("cpu")
 
     def is_cuda(device: Any) -> bool:
