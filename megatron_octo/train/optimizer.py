@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ def set_numbers(optimizer: Any, config: MidTrainConfig) -> None:
     for group in optimizer.param_groups:
         group["betas"] = (ours.beta1, ours.beta2)
         group["eps"] = ours.eps
+
+
+def follow_weights(optimizer: Any, weights: Mapping[str, Any], config: MidTrainConfig) -> None:
+    """Give the fp32 copies the values of the `weights` just loaded: of FP8 weights as they were read, not rounded."""
+    optimizer.reload_model_params(state_dict=weights if config.precision.fp8_weights else None)
 
 
 def gradient_norm(optimizer: Any) -> float:

@@ -69,5 +69,5 @@ for _ in range(2):
 
 
 def test_all_groups_on_a_cpu_are_polled_by_one_thread():
-    done = subprocess.run([sys.executable, "-c", COUNT_POLLS], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COUNT_POLLS], capture_output=True, text=True, check=False)
     assert done.stdout.count("polls 1\n") == 2, done.stdout + done.stderr
