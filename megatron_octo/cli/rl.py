@@ -72,7 +72,7 @@ def _configs(specs: Sequence[str], overrides: Sequence[str]) -> list[RLConfig]:
 
 
 def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
-    """Show the command line of each run as this machine would start it. Prompts may not be there yet."""
+    """Show the command line of each run as this machine would start it. Prompts and model may not be there yet."""
     from megatron_octo.rl import prompts
     from megatron_octo.rl.command import check_command, command
     from megatron_octo.rl.run import has_gpu
@@ -81,8 +81,8 @@ def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
     cuda = has_gpu()
     for config in configs:
         passes = 1
-        if config.prompts.exists():
-            passes = prompts.plan_prompts(prompts.read_prompts(config.prompts), config).num_episodes
+        if config.prompts.exists() and config.model.exists():
+            passes = prompts.choose_prompts(config)[0].num_episodes
         arguments = command(config, num_episodes=passes, cuda=cuda)
         check_command(arguments)
         state = "done" if rundir.is_done(config.output) else "to run"

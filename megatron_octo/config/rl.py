@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_octo.config.base import Settings, require, require_name, require_positive
 
@@ -17,7 +18,15 @@ class RLConfig(Settings):
     model: Path
     """The Hugging Face folder to start from."""
     prompts: Path
-    """JSON lines with `input` (the prompt, template applied) and `label` (the answer)."""
+    """Problems and answers: JSON lines, a JSON array or Parquet; a pattern names several files."""
+    question_column: str = "input"
+    """Where a record has its problem; a dot leads into a record, as in `extra.question`."""
+    answer_column: str = "label"
+    r"""Where it has its answer: a number or a text. Of a text, what follows `####` or is in the last `\boxed{}`."""
+    template: Literal["none", "simple", "user_assistant", "complex"] = "none"
+    """What is put around a problem, as in the paper; `none` if the file has it already."""
+    decontaminate_against: tuple[Path, ...] = ()
+    """Evaluation sets: problems that share 13 words in a row with one of theirs are left out, and listed."""
     output: Path
     """The folder to write: checkpoints, metrics.jsonl, hf/, DONE."""
     num_steps: int
@@ -39,7 +48,7 @@ class RLConfig(Settings):
     temperature: float = 1.0
     """Sampling temperature of the rollouts."""
     max_prompt_tokens: int = 400
-    """Longer prompts are refused (OpenRLHF would cut them from the left)."""
+    """Longer prompts are left out, and counted (OpenRLHF would cut them from the left)."""
     max_response_tokens: int = 4096
     """Longest response, tokens."""
     max_tokens_per_gpu: int = 16_384

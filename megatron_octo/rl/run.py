@@ -11,7 +11,7 @@ import ctypes
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -57,8 +57,8 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
         cuda = has_gpu()
         plans = [check(config, cuda=cuda) for config in pending]
         with cluster(num_gpus=max(config.num_gpus for config in pending), cuda=cuda) as engine:
-            for config, plan in zip(pending, plans, strict=True):
-                _run(config, plan, engine, cuda=cuda)
+            for config, (plan, report) in zip(pending, plans, strict=True):
+                _run(config, plan, report, engine, cuda=cuda)
     return [config.output / HF for config in configs]
 
 
@@ -83,17 +83,16 @@ def _skip(config: RLConfig) -> bool:
     return False
 
 
-def check(config: RLConfig, *, cuda: bool) -> prompts.PromptPlan:
+def check(config: RLConfig, *, cuda: bool) -> tuple[prompts.PromptPlan, prompts.PromptReport]:
     """Check all that a run needs, and choose its prompts. Changes nothing.
 
     Raises:
         BadInput: something is missing or wrong.
     """
     check_model(config, cuda=cuda)
-    plan = prompts.plan_prompts(prompts.read_prompts(config.prompts), config)
-    prompts.check_prompts(plan.prompts, config)
+    plan, report = prompts.choose_prompts(config)
     check_command(command(config, num_episodes=plan.num_episodes, cuda=cuda))
-    return plan
+    return plan, report
 
 
 def check_model(config: RLConfig, *, cuda: bool) -> None:
@@ -133,12 +132,16 @@ def check_model(config: RLConfig, *, cuda: bool) -> None:
         )
 
 
-def _run(config: RLConfig, plan: prompts.PromptPlan, engine: Cluster, *, cuda: bool) -> None:
+def _run(
+    config: RLConfig, plan: prompts.PromptPlan, report: prompts.PromptReport, engine: Cluster, *, cuda: bool
+) -> None:
     output = config.output
     with rundir.lock(output):
         rundir.claim(output, to_dict(config))
         began = time.monotonic()
         prompts.write_prompts(output / PROMPTS, plan)
+        rundir.write_json(output / prompts.REPORT, asdict(report))
+        log.info("%s: %s", config.name, report.describe(config))
         done = _resume_from(output / CHECKPOINTS)
         if done:
             log.info("%s: goes on after step %d of %d", config.name, done, config.num_steps)
