@@ -33,13 +33,50 @@ def check_fit(config: MidTrainConfig) -> None:
 
 
 def _check_fsdp(config: MidTrainConfig) -> None:
-    require(
-        not config.parallel.fsdp,
-        "parallel.fsdp is not there yet: megatron-core's FSDP saves in a form of its own, which no other layout and no "
-        "`octo convert` reads",
-        fix="turn it off: parallel.tensor shares out weights and gradients, parallel.distributed_optimizer the "
-        "optimizer's state",
-    )
+    parallel = config.parallel
+    if not parallel.fsdp:
+        return
+    for conflict, why, fix in (
+        (
+            parallel.distributed_optimizer,
+            "parallel.distributed_optimizer: FSDP shares out the optimizer's state itself",
+            "turn parallel.distributed_optimizer off",
+        ),
+        (
+            parallel.overlap_grad_reduce,
+            "parallel.overlap_grad_reduce: FSDP reduces while it computes, always",
+            "turn parallel.overlap_grad_reduce off",
+        ),
+        (
+            parallel.pipeline > 1,
+            f"parallel.pipeline {parallel.pipeline}: a stage would gather its weights anew for every micro-batch",
+            "set parallel.pipeline to 1, or turn parallel.fsdp off",
+        ),
+    ):
+        require(not conflict, f"parallel.fsdp with {why}", fix=fix)
+
+
+def check_shards(config: MidTrainConfig, num_shards: int) -> None:
+    """Refuse FSDP over `num_shards` ranks that do not get equal rows of every weight: megatron's saves need that.
+
+    Raises:
+        SettingsError: with the weight and its rows.
+    """
+    model, tensor = config.model, config.parallel.tensor
+    heads = model.num_heads + 2 * model.num_kv_heads
+    rows = {
+        "model.hidden_size": model.hidden_size,
+        "model.vocab_size over parallel.tensor": model.vocab_size // tensor,
+        "rows of queries, keys and values over parallel.tensor": heads * model.head_dim // tensor,
+        "2 x model.ffn_size over parallel.tensor": 2 * model.ffn_size // tensor,
+        **({"model.head_dim": model.head_dim} if model.qk_norm else {}),
+    }
+    for name, number in rows.items():
+        require(
+            number % num_shards == 0,
+            f"parallel.fsdp over {num_shards} ranks: {name}, {number:,}, does not divide by them",
+            fix="change the number of ranks, or turn parallel.fsdp off",
+        )
 
 
 def _check_context(config: MidTrainConfig) -> None:
@@ -65,6 +102,11 @@ def _check_cuda_graphs(config: MidTrainConfig) -> None:
             not config.data.across_documents,
             "data.across_documents off: the number of documents, a shape, changes from batch to batch",
             "leave data.across_documents on",
+        ),
+        (
+            config.parallel.fsdp,
+            "parallel.fsdp: weights would have no fixed address",
+            "turn parallel.fsdp off",
         ),
         (
             config.precision.fp8 != "off" and config.precision.fp8_emulation,

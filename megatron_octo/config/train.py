@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_octo.config.base import Settings, require, require_name, require_positive
 from megatron_octo.config.data import MixtureConfig
 from megatron_octo.config.evaluate import EvaluateConfig
-from megatron_octo.config.fits import check_fit
+from megatron_octo.config.fits import check_fit, check_shards
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.schedule import RateConfig
 
@@ -114,7 +114,7 @@ class ParallelConfig(Settings):
     overlap_param_gather: bool = False
     """Gather parameters while the next forward pass runs; needs the two options above."""
     fsdp: bool = False
-    """Share weights and gradients too among data-parallel ranks: refused, until saves of it can be read anywhere."""
+    """Share weights and gradients too among data-parallel ranks: torch's FSDP, instead of the distributed optimizer."""
 
     def __post_init__(self) -> None:
         require_positive(self, "parallel.", "tensor", "pipeline", "context")
@@ -428,6 +428,8 @@ class MidTrainConfig(Settings):
             f"ranks x budget.micro_batch_sequences {self.budget.micro_batch_sequences} = {rows}",
             fix="change the number of ranks, the micro-batch or the layout",
         )
+        if self.parallel.fsdp:
+            check_shards(self, data_ranks * self.parallel.context)
         num_micro_batches = self.budget.batch_sequences // rows
         require(
             self.parallel.virtual_pipeline is None or num_micro_batches % self.parallel.pipeline == 0,

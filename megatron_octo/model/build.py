@@ -185,7 +185,7 @@ def transformer_config(
         # on the CPU: the same weights at any tensor-parallel size
         use_cpu_initialization=platform.device == "cpu",
         # apex's kernel; the output layer is megatron's own even among Transformer Engine's layers, and needs it
-        gradient_accumulation_fusion=platform.apex,
+        gradient_accumulation_fusion=platform.apex and not parallel.fsdp,
         masked_softmax_fusion=False,
         persist_layer_norm=engine,
         apply_rope_fusion=engine or platform.device == "cpu",  # there `platform/rotary.py`

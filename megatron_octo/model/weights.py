@@ -56,10 +56,25 @@ def put_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
             if key.endswith(EXTRA_STATE):
                 check_record(key, value)
         with records_checked():
-            keys = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+            keys = chunk.load_state_dict(_as_shards(chunk, loaded[f"model{index}"]), strict=False)
         wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if not key.endswith(EXTRA_STATE))]
         if wrong:
             raise OctoError(f"the checkpoint and the model do not fit: {', '.join(wrong[:5])}", fix="use another save")
+
+
+def _as_shards(chunk: Any, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """What was loaded; under FSDP it is this rank's rows of each weight, and says so."""
+    from torch.distributed.tensor import DTensor
+
+    def shard(weight: Any, rows: Any) -> Any:
+        if not isinstance(weight, DTensor):
+            return rows
+        return DTensor.from_local(
+            rows, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+        )
+
+    weights = dict(chunk.named_parameters())
+    return {key: shard(weights.get(key), value) for key, value in loaded.items()}
 
 
 def load_weights(chunks: Sequence[Any], folder: Path) -> dict[str, Any]:

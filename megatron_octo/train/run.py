@@ -109,9 +109,9 @@ def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
     inputs, platform = check(config, me.size, reweigh=reweigh), resolve()
     check_platform(config, platform)
     with contextlib.ExitStack() as stack:
-        beside = stack.enter_context(marks(run, config)) if me.rank == 0 else None
         if me.rank == 0:
             stack.enter_context(rundir.lock(run))
+        beside = stack.enter_context(marks(run, config)) if me.rank == 0 else None
         graphs = config.compute.cuda_graphs
         stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed, cuda_graphs=graphs))
         signals = stack.enter_context(stop_signals())  # until here they end a rank that waits for another one
@@ -180,7 +180,7 @@ def _train(
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     plan, here = inputs.plan, place()
-    save = newest_good(run)
+    save = _good_save(config, inputs, run)
     cut = not config.data.across_documents  # then every stage finds the documents' borders in the tokens
     if here.is_source:
         _write_records(config, inputs, platform, run)
@@ -255,9 +255,18 @@ def _train(
         stopped = result.votes.stop > 0
     saver.wait()
 
-    observer.finished()
+    observer.finished(stopped=stopped)
     if here.is_source:
         _close(config, run, state)
+
+
+def _good_save(config: MidTrainConfig, inputs: Inputs, run: Path) -> Path | None:
+    """The save that the run goes on from; None at its start, which its parent's save is good for. All ranks call it."""
+    save = newest_good(run)
+    if save is None and isinstance(config.start, FromRun):
+        assert inputs.start_folder is not None
+        require_good(inputs.start_folder)
+    return save
 
 
 def _close(config: MidTrainConfig, run: Path, state: TrainState) -> None:
@@ -288,7 +297,6 @@ def _fill(
             follow_weights(optimizer, load_weights(chunks, inputs.start_folder), config)
         elif isinstance(start, FromRun):
             assert inputs.start_folder is not None
-            require_good(inputs.start_folder)
             log.info("%s", shared_data(start, inputs.mixture, inputs.start_folder))
             loaded = checkpoint.load(
                 inputs.start_folder,

@@ -16,9 +16,9 @@ from megatron_octo.config.base import read_settings
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig
 from megatron_octo.data import mix
 from megatron_octo.data.mixture import Mixture, check_unchanged
-from megatron_octo.errors import BadInput, OctoError
+from megatron_octo.errors import BadInput
 from megatron_octo.model.weights import check_shape
-from megatron_octo.train.state import read_state, saved_steps
+from megatron_octo.train.state import UNREADABLE, read_state, readable_states, saved_steps
 
 
 def start_folder(config: MidTrainConfig, mixture: Mixture) -> Path | None:
@@ -45,9 +45,7 @@ def newest_readable(run: Path) -> Path | None:
     """
     for step in reversed(saved_steps(run)):
         save = rundir.step_folder(run, step)
-        with contextlib.suppress(
-            OctoError, TypeError, ValueError, LookupError
-        ):  # whatever a changed byte makes of JSON
+        with contextlib.suppress(*UNREADABLE):
             read_state(save)
             read_ledger(save)
             return save
@@ -115,7 +113,7 @@ def _parent_save(start: FromRun, name: str) -> Path:
             f"the parent run {parent} {state}",
             fix="train it to its end first (`octo train`), or name a save (--from RUN@TOKENS, or start.step)",
         )
-    saves = {step: read_state(rundir.step_folder(parent, step)).tokens for step in saved_steps(parent)}
+    saves = {step: state.tokens for step, state in readable_states(parent).items()}
     if start.step is not None:
         which, found = f" at step {start.step:,}", [step for step in saves if step == start.step]
     elif start.tokens is not None:
@@ -153,6 +151,12 @@ def _check_branch(config: MidTrainConfig, start: FromRun, mixture: Mixture, save
     if start.optimizer and kept != wanted:
         raise BadInput(
             f"the moments in {save} were saved with parallel.distributed_optimizer {kept}, this run has {wanted}",
+            fix="use the parent's setting, or start without its moments (start.optimizer False)",
+        )
+    before, now = parent.precision.dtype, config.precision.dtype
+    if start.optimizer and not wanted and before != now:  # only the distributed optimizer keeps fp32 copies of both
+        raise BadInput(
+            f"the moments in {save} were saved with precision.dtype {before}, this run has {now}",
             fix="use the parent's setting, or start without its moments (start.optimizer False)",
         )
     if start.skip_consumed:

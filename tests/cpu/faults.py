@@ -1,4 +1,4 @@
-"""Operations on a run's saves that fail, or kill the process, at a chosen one; installed on a rank by the zygote.
+"""Operations on the disk that fail, or kill the process, at a chosen one; installed on a rank by the zygote.
 
 An operation is: a file opened to write, a write, an fsync, a rename, a folder made, a file or folder removed.
 """
@@ -19,8 +19,8 @@ SAVES = "/checkpoints/"
 BUFFER = 1 << 16  # torch writes a few bytes at a time
 
 
-def install(mode: str, at: int, record: str, rank: str = "0") -> None:
-    """From now on the operation numbered `at`, of those on saves by `rank`, does what `mode` says.
+def install(mode: str, at: int, record: str, rank: str = "0", where: str = SAVES) -> None:
+    """From now on the operation numbered `at`, of those by `rank` on paths with `where` in them, does what `mode` says.
 
     kill: the process dies in it; error: it alone fails; full: it and all after it find the disk full. What is written
     then is written by half. Every operation adds its name to the file `record`.
@@ -30,7 +30,7 @@ def install(mode: str, at: int, record: str, rank: str = "0") -> None:
     log, seen = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND), [0]
 
     def meet(what: str, path: object, by_half: Callable[[], object] = lambda: None) -> None:
-        if SAVES not in os.fsdecode(str(path)):
+        if where not in os.fsdecode(str(path)):
             return
         seen[0] += 1
         os.write(log, f"{what} {path}\n".encode())
@@ -48,7 +48,7 @@ def install(mode: str, at: int, record: str, rank: str = "0") -> None:
     really_open, really_sync = builtins.open, os.fsync
 
     def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(file, str | os.PathLike) or not set(mode) & set("wax") or SAVES not in os.fspath(file):
+        if not isinstance(file, str | os.PathLike) or not set(mode) & set("wax") or where not in os.fspath(file):
             return really_open(file, mode, *args, **kwargs)
         meet("open", file)
         buffered = io.BufferedWriter(Raw(file, mode.replace("b", "").replace("t", "")), BUFFER)

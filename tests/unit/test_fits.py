@@ -36,7 +36,22 @@ def fp8(recipe: str, **options: Any) -> PrecisionConfig:
 
 
 REFUSED = {
-    "fsdp": ({"parallel": ParallelConfig(fsdp=True)}, r"parallel\.fsdp is not there yet"),
+    "fsdp-optimizer": ({"parallel": ParallelConfig(fsdp=True)}, r"fsdp with parallel\.distributed_optimizer"),
+    "fsdp-overlap": (
+        {"parallel": ParallelConfig(fsdp=True, distributed_optimizer=False, overlap_grad_reduce=True)},
+        r"fsdp with parallel\.overlap_grad_reduce",
+    ),
+    "fsdp-pipeline": (
+        {"parallel": ParallelConfig(fsdp=True, distributed_optimizer=False, pipeline=2)},
+        r"fsdp with parallel\.pipeline 2",
+    ),
+    "graphs-fsdp": (
+        {
+            "compute": ComputeConfig(cuda_graphs=True),
+            "parallel": ParallelConfig(fsdp=True, distributed_optimizer=False),
+        },
+        r"cuda_graphs with parallel\.fsdp",
+    ),
     "context-length": ({"parallel": ParallelConfig(context=3)}, r"parallel\.context 3: each rank takes two of 6"),
     "graphs-recompute": (
         {"compute": ComputeConfig(cuda_graphs=True, recompute="selective")},
