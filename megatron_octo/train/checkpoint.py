@@ -21,6 +21,7 @@ from megatron_octo.errors import OctoError
 from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE, load_sharded, put_weights, sharded_weights
 from megatron_octo.platform import checkpoint_writer
 from megatron_octo.train.distributed import on_source, together
+from megatron_octo.train.optimizer import round_weights
 
 if TYPE_CHECKING:
     from megatron_octo.config.train import MidTrainConfig
@@ -128,6 +129,8 @@ def load(folder: Path, *, chunks: Sequence[Any], optimizer: Any | None, same_lay
     put_weights(chunks, loaded)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+        if chunks[0].config.fp8_param:
+            round_weights(optimizer)
     if same_layout:
         _set_random_states(loaded["random"])
     return loaded

@@ -47,6 +47,13 @@ def follow_weights(optimizer: Any, weights: Mapping[str, Any], config: MidTrainC
     optimizer.reload_model_params(state_dict=weights if config.precision.fp8_weights else None)
 
 
+def round_weights(optimizer: Any) -> None:
+    """Make FP8 weights of the fp32 copies, as an update does: a save has them in bf16, which rounds their scales."""
+    for each in optimizer.chained_optimizers:
+        each._copy_main_params_to_model_params()
+        each.start_param_sync_for_bucket_group_subset()
+
+
 def gradient_norm(optimizer: Any) -> float:
     """Make the gradients ready for `update` and return their global norm. All ranks call it."""
     optimizer.prepare_grads()
