@@ -180,7 +180,7 @@ def test_number_formats_stay_as_they_are(base: Path, tmp_path: Path) -> None:
 def test_a_weight_file_has_the_bytes_of_the_librarys_own_writer(base: Path, tmp_path: Path, dtype: Dtype) -> None:
     tensors = load_file(base / "model.safetensors")
     out = [Named(name=name, shape=tuple(t.shape), make=lambda t=t: t) for name, t in reversed(tensors.items())]
-    hf_folder.write_weights(tmp_path, out, dtype)
+    hf_folder.write_weights(tmp_path, [out], dtype)
     rounded = {name: t.to(getattr(torch, hf_folder.TORCH_NAMES[dtype])) for name, t in tensors.items()}
     save_file(rounded, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -188,7 +188,7 @@ def test_a_weight_file_has_the_bytes_of_the_librarys_own_writer(base: Path, tmp_
 
 def test_large_models_are_written_and_read_in_numbered_files(base: Path, tmp_path: Path) -> None:
     weights = hf_folder.Weights(base)
-    tensors = [Named(name=n, shape=s, make=lambda n=n: weights.read(n)) for n, s in weights.shapes.items()]
+    tensors = [[Named(name=n, shape=s, make=lambda n=n: weights.read(n))] for n, s in weights.shapes.items()]
     out = tmp_path / "sharded"
     out.mkdir()
     hf_folder.write_weights(out, tensors, "fp32", max_file_bytes=4096)
@@ -382,7 +382,7 @@ def test_what_a_killed_export_of_another_format_left_is_not_used(made: Path, wor
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_weight_file_that_is_missing_or_cut_off_is_refused(base: Path, tmp_path: Path, damage: str) -> None:
     weights = hf_folder.Weights(base)
-    tensors = [Named(name=n, shape=s, make=lambda n=n: weights.read(n)) for n, s in weights.shapes.items()]
+    tensors = [[Named(name=n, shape=s, make=lambda n=n: weights.read(n))] for n, s in weights.shapes.items()]
     sharded = tmp_path / "sharded"
     sharded.mkdir()
     shutil.copy(base / "config.json", sharded)
