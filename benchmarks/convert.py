@@ -21,6 +21,7 @@ import json
 import os
 import platform as machine
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -63,7 +64,7 @@ SHAPES = {
 }
 DISK_BYTES_A_BYTE = 3
 RANDOM_NUMBERS = (1 << 25) + 1  # tensors are made of them, one begins where the last ended
-SAMPLE_EVERY_S = 0.1
+SAMPLE_EVERY_S = 0.25
 HELD = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
 PACKAGES = ("torch", "safetensors")
 
@@ -105,10 +106,12 @@ def main() -> None:
 
 def that_fits(model: ModelConfig, free: int) -> ModelConfig:
     """The model, or as many of its layers as the free disk holds."""
-    while model.num_layers > 1 and hf_folder.num_bytes(model, "bf16") * DISK_BYTES_A_BYTE > free:
-        model = replace(model, num_layers=model.num_layers - 1)
-        print(f"{free / 1e9:.0f} GB are free: {model.num_layers} layers", file=sys.stderr)
-    return model
+    layers = model.num_layers
+    while layers > 1 and DISK_BYTES_A_BYTE * hf_folder.num_bytes(replace(model, num_layers=layers), "bf16") > free:
+        layers -= 1
+    if layers < model.num_layers:
+        print(f"{layers} layers instead of {model.num_layers}: {free / 1e9:.0f} GB are free", file=sys.stderr)
+    return replace(model, num_layers=layers)
 
 
 def write_model(folder: Path, model: ModelConfig) -> None:
@@ -152,6 +155,7 @@ def measure(command: Sequence[object], rounds: int) -> dict[str, Any]:
     around = [statistics.mean(copies[number : number + 2]) for number in range(rounds)]
     return {
         "seconds": round(statistics.median(each["seconds"] for each in conversions), 2),
+        "cpu_seconds": round(statistics.median(each["cpu_seconds"] for each in conversions), 2),
         "copy_seconds": round(statistics.median(around), 2),
         "ratio_to_copy": round(
             statistics.median(x["seconds"] / y for x, y in zip(conversions, around, strict=True)), 3
@@ -182,7 +186,7 @@ def convert(command: Sequence[object], source: Path) -> dict[str, float]:
     """Seconds and peak memory of one conversion."""
     forget(source)
     peak, peak_pss = 0.0, 0.0
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), children_cpu_seconds()
     process = subprocess.Popen(octo_command("convert", *map(str, command)), stdout=sys.stderr)
     while process.poll() is None:
         peak, peak_pss = max(peak, held_gib(process.pid)), max(peak_pss, family_memory_gib(process.pid))
@@ -190,7 +194,19 @@ def convert(command: Sequence[object], source: Path) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if process.returncode:
         sys.exit(f"octo convert {command[0]} failed")
-    return {"seconds": seconds, "peak_gib": peak, "peak_gib_with_mapped_files": peak_pss}
+    cpu_seconds = children_cpu_seconds() - start_cpu
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_gib": peak,
+        "peak_gib_with_mapped_files": peak_pss,
+    }
+
+
+def children_cpu_seconds() -> float:
+    """Of all that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def held_gib(pid: int) -> float:

@@ -6,9 +6,9 @@ stay as they are, which is checked before the result appears. Run it with `octo 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,30 +46,23 @@ def from_hf(hf: Path, output: Path, *, name: str = "", verify: bool = True, over
         log.info("%s is there already, made from %s", output, hf)
         return output
     weights = {(weight.key, weight.layer or 0): weight for weight in mapping.weights(model)}
-    pieces = list(_pieces(model, tensors))
+    pool = ThreadPoolExecutor(1)
+    hashed = functools.cache(lambda path: pool.submit(rundir.sha256, path))
+    pieces = list(_pieces(model, tensors, hashed))
     check_room(output, sum(piece.num_bytes() for piece in pieces))
 
     def check(reader: torch_dist.Reader, written: Sequence[torch_dist.Piece]) -> None:
         if verify:
             compare_import(reader, [weights[piece.key, piece.offset[0]] for piece in written], tensors)
 
-    with rundir.new_folder(output) as folder, _hashed(hf) as sums:
+    with rundir.new_folder(output) as folder, pool:
         digest = torch_dist.write(folder, pieces, check=check)
         rundir.write_json(folder / MODEL_FILE, to_dict(model))
-        parent = _parent(hf, name, rundir.sha256_files({file: each.result() for file, each in sums.items()}))
+        sums = {path.name: hashed(path).result() for path in hf.glob(hf_folder.WEIGHT_FILES)}
+        parent = _parent(hf, name, rundir.sha256_files(sums))
         lineage.write(folder, lineage.Lineage(name=parent.name, kind="import", weights_sha256=digest, parent=parent))
     log.info("%s: %s parameters from %s", output, f"{model.num_parameters:,}", hf)
     return output
-
-
-@contextlib.contextmanager
-def _hashed(hf: Path) -> Iterator[dict[str, Future[str]]]:
-    """SHA-256 of the weight files, computed meanwhile: the converter finds them in memory when it comes to them."""
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield {path.name: pool.submit(rundir.sha256, path) for path in sorted(hf.glob(hf_folder.WEIGHT_FILES))}
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _parent(hf: Path, name: str, digest: str) -> lineage.Lineage:
@@ -79,7 +72,9 @@ def _parent(hf: Path, name: str, digest: str) -> lineage.Lineage:
     return lineage.Lineage(name=name or hf.resolve().name, kind="base", weights_sha256=digest)
 
 
-def _pieces(model: ModelConfig, tensors: hf_folder.Weights) -> Iterator[torch_dist.Piece]:
+def _pieces(
+    model: ModelConfig, tensors: hf_folder.Weights, hashed: Callable[[Path], object]
+) -> Iterator[torch_dist.Piece]:
     dtypes: dict[str, object] = {}
     for weight in mapping.weights(model):
         found = {tensors.dtype(name) for name, _ in weight.parts}
@@ -89,15 +84,23 @@ def _pieces(model: ModelConfig, tensors: hf_folder.Weights) -> Iterator[torch_di
                 f"{tensors.folder}: the parts of {weight.key} are of several number formats",
                 fix="save the model in one format",
             )
-        yield _piece(weight, model, tensors, dtype)
+        yield _piece(weight, model, tensors, dtype, hashed)
 
 
-def _piece(weight: mapping.Weight, model: ModelConfig, tensors: hf_folder.Weights, dtype: object) -> torch_dist.Piece:
+def _piece(
+    weight: mapping.Weight,
+    model: ModelConfig,
+    tensors: hf_folder.Weights,
+    dtype: object,
+    hashed: Callable[[Path], object],
+) -> torch_dist.Piece:
     stacked = mapping.stacked_shape(weight, model)
     inside = weight.layer is not None
     shape = (1, *weight.shape) if inside else weight.shape
 
     def make() -> object:
+        for name, _ in weight.parts:
+            hashed(tensors.file(name))  # begins with a file's first tensor, and has the rest in memory when it is read
         return weight.join([tensors.read(name) for name, _ in weight.parts]).reshape(shape)
 
     return torch_dist.Piece(

@@ -102,6 +102,10 @@ class Weights:
             raise BadInput(f"{self.folder}: {name} is {self._dtypes[name]}", fix="give weights in fp32, bf16 or fp16")
         return known[self._dtypes[name]]
 
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._files[name]
+
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor."""
         from safetensors import safe_open

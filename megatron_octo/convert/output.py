@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from megatron_octo import console, lineage, rundir
 from megatron_octo.errors import BadInput
 
 PLAN = "plan.json"
-MAX_FILE_BYTES = 5_000_000_000
-"""Largest weight file written; Hugging Face's own default."""
+MAX_FILE_BYTES = 2_000_000_000
+"""Largest weight file written: small enough to be in the page cache still when it is read back."""
 CHECKERS = 2
 """Threads that check files: one waits for the disk while the other reads."""
+MAX_UNCHECKED = 3
+"""Files that the writer may be ahead."""
 
 
 def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Lineage | None:
@@ -113,8 +115,10 @@ def write_files(paths: Iterable[Path], write: Callable[[Path, Path], None], chec
         return rundir.sha256(path)
 
     with ThreadPoolExecutor(CHECKERS) as pool:
-        sums = {}
+        sums: dict[str, Future[str]] = {}
         for path in paths:
+            for each in list(sums.values())[:-MAX_UNCHECKED]:
+                each.result()
             temporary = None if path.exists() else path.with_name(f".{path.name}.tmp")
             if temporary:
                 write(temporary, path)
