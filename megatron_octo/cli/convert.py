@@ -62,7 +62,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=("plain", "own"),
         help="User: and Assistant: lines, or the tokenizer's (the recipe's)",
     )
-    exporting.add_argument("--skip-verify", action="store_true", help="do not compare the result with the save")
     exporting.set_defaults(run=_to_hf)
 
     verifying = commands.add_parser("verify", help="compare an export with the save it was made from")
@@ -70,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     verifying.add_argument("hf", metavar="HF", type=Path, help="the export")
     verifying.set_defaults(run=_verify)
 
+    for each in (importing, exporting):
+        each.add_argument("--skip-verify", action="store_true", help="do not compare the result with what it came from")
     for each in (exporting, verifying):
+        each.add_argument(
+            "--skip-logits", action="store_true", help="compare the weights, bit for bit, and run no model"
+        )
         each.add_argument(
             "--config", metavar="HF", type=Path, help="of a plain Megatron checkpoint: a folder of a model of its shape"
         )
@@ -111,7 +115,7 @@ def _from_hf(own: argparse.Namespace) -> None:
     if own.dry_run:
         hf_folder.Weights(hf).check(model)
     else:
-        from_hf(hf, own.output, name=Path(own.hf).name, overwrite=own.overwrite)
+        from_hf(hf, own.output, name=Path(own.hf).name, verify=not own.skip_verify, overwrite=own.overwrite)
     _say(own, model, output=own.output, source=hf)
 
 
@@ -137,6 +141,7 @@ def _to_hf(own: argparse.Namespace) -> None:
             chat_template=own.chat_template or _default_template(folder),
             verify=not own.skip_verify,
             text=own.text or sample.TEXT,
+            logits=not own.skip_logits,
             overwrite=own.overwrite,
         )
     _say(own, source.model, output=output, source=folder, tokenizer=tokenizer, dtype=own.dtype)
@@ -151,7 +156,8 @@ def _verify(own: argparse.Namespace) -> None:
     if own.dry_run:
         _say(own, Save(folder, own.config).model, output=own.hf / "verify.json", source=folder)
         return
-    report = verify(folder, own.hf, own.config, text=own.text or sample.TEXT)
+    text = own.text or sample.TEXT
+    report = verify(folder, own.hf, own.config, logits=not own.skip_logits, text=text)
     if own.json:
         console.emit_json(asdict(report))
     else:

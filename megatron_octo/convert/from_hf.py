@@ -1,18 +1,21 @@
 """A Hugging Face folder -> a megatron checkpoint that training starts from at any parallel layout.
 
 Weights are renamed, joined and stacked by the one table in `model/mapping.py`; their numbers and number formats
-stay as they are. Run it with `octo convert from-hf`.
+stay as they are, which is checked before the result appears. Run it with `octo convert from-hf`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.convert import hf_folder, torch_dist
+from megatron_octo.convert.compare import compare_import
 from megatron_octo.convert.output import check_room, finished
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
 
 
-def from_hf(hf: Path, output: Path, *, name: str = "", overwrite: bool = False) -> Path:
+def from_hf(hf: Path, output: Path, *, name: str = "", verify: bool = True, overwrite: bool = False) -> Path:
     """Convert the Hugging Face folder `hf` into `output`; returns `output`. `name` is the base's, for its lineage.
 
     An `output` that was made from the same weights is left as it is.
@@ -30,38 +33,48 @@ def from_hf(hf: Path, output: Path, *, name: str = "", overwrite: bool = False) 
     Raises:
         BadInput: a model that training cannot express, weights that do not fit its config, or an
             `output` made from other weights (`overwrite` replaces it).
+        VerificationError: the weights on the disk are not those of `hf`; no `output` is left.
     """
     log = console.logger(__name__)
     model = hf_folder.read_model_config(hf)
     tensors = hf_folder.Weights(hf)
     tensors.check(model)
-    parent = _parent(hf, name)
     done = finished(output, "import", overwrite=overwrite)
     if done is not None:
-        if done.parent is None or done.parent.weights_sha256 != parent.weights_sha256:
+        if done.parent is None or done.parent.weights_sha256 != rundir.sha256_folder(hf, hf_folder.WEIGHT_FILES):
             raise BadInput(f"{output} was made from other weights than {hf}", fix="give another folder, or --overwrite")
         log.info("%s is there already, made from %s", output, hf)
         return output
-    pieces = list(_pieces(model, tensors))
+    weights = {(weight.key, weight.layer or 0): weight for weight in mapping.weights(model)}
+    pool = ThreadPoolExecutor(1)
+    hashed = functools.cache(lambda path: pool.submit(rundir.sha256, path))
+    pieces = list(_pieces(model, tensors, hashed))
     check_room(output, sum(piece.num_bytes() for piece in pieces))
-    with rundir.new_folder(output) as folder:
-        torch_dist.write(folder, pieces)
+
+    def check(reader: torch_dist.Reader, written: Sequence[torch_dist.Piece]) -> None:
+        if verify:
+            compare_import(reader, [weights[piece.key, piece.offset[0]] for piece in written], tensors)
+
+    with rundir.new_folder(output) as folder, pool:
+        digest = torch_dist.write(folder, pieces, check=check)
         rundir.write_json(folder / MODEL_FILE, to_dict(model))
-        digest = rundir.sha256_folder(folder, torch_dist.WEIGHT_FILES)
+        sums = {path.name: hashed(path).result() for path in hf.glob(hf_folder.WEIGHT_FILES)}
+        parent = _parent(hf, name, rundir.sha256_files(sums))
         lineage.write(folder, lineage.Lineage(name=parent.name, kind="import", weights_sha256=digest, parent=parent))
     log.info("%s: %s parameters from %s", output, f"{model.num_parameters:,}", hf)
     return output
 
 
-def _parent(hf: Path, name: str) -> lineage.Lineage:
-    digest = rundir.sha256_folder(hf, hf_folder.WEIGHT_FILES)
+def _parent(hf: Path, name: str, digest: str) -> lineage.Lineage:
     known = lineage.read_if_present(hf)
     if known is not None and known.weights_sha256 == digest:
         return known
     return lineage.Lineage(name=name or hf.resolve().name, kind="base", weights_sha256=digest)
 
 
-def _pieces(model: ModelConfig, tensors: hf_folder.Weights) -> Iterator[torch_dist.Piece]:
+def _pieces(
+    model: ModelConfig, tensors: hf_folder.Weights, hashed: Callable[[Path], object]
+) -> Iterator[torch_dist.Piece]:
     dtypes: dict[str, object] = {}
     for weight in mapping.weights(model):
         found = {tensors.dtype(name) for name, _ in weight.parts}
@@ -71,15 +84,23 @@ def _pieces(model: ModelConfig, tensors: hf_folder.Weights) -> Iterator[torch_di
                 f"{tensors.folder}: the parts of {weight.key} are of several number formats",
                 fix="save the model in one format",
             )
-        yield _piece(weight, model, tensors, dtype)
+        yield _piece(weight, model, tensors, dtype, hashed)
 
 
-def _piece(weight: mapping.Weight, model: ModelConfig, tensors: hf_folder.Weights, dtype: object) -> torch_dist.Piece:
+def _piece(
+    weight: mapping.Weight,
+    model: ModelConfig,
+    tensors: hf_folder.Weights,
+    dtype: object,
+    hashed: Callable[[Path], object],
+) -> torch_dist.Piece:
     stacked = mapping.stacked_shape(weight, model)
     inside = weight.layer is not None
     shape = (1, *weight.shape) if inside else weight.shape
 
     def make() -> object:
+        for name, _ in weight.parts:
+            hashed(tensors.file(name))  # begins with a file's first tensor, and has the rest in memory when it is read
         return weight.join([tensors.read(name) for name, _ in weight.parts]).reshape(shape)
 
     return torch_dist.Piece(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_octo import console
 from megatron_octo.convert import safetensors_file
+from megatron_octo.convert.output import MAX_FILE_BYTES, into_files, write_files
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
@@ -28,8 +30,6 @@ GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = "*.safetensors"
-MAX_FILE_BYTES = 5_000_000_000
-"""Largest weight file written; Hugging Face's own default."""
 
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
@@ -54,10 +54,10 @@ PLAIN_TEMPLATE = """\
 
 
 class Weights:
-    """The tensors of a folder's safetensors, single or sharded, by name."""
+    """The tensors of a folder's safetensors, single or sharded, by name; or those of one file."""
 
     def __init__(self, folder: Path) -> None:
-        """Read names and shapes.
+        """Read names and shapes; `folder` may be one file.
 
         Raises:
             BadInput: no safetensors, or a file that the index names is missing.
@@ -65,7 +65,9 @@ class Weights:
         from safetensors import SafetensorError, safe_open
 
         self.folder = folder
-        if (folder / INDEX).exists():
+        if folder.is_file():
+            files = [folder]
+        elif (folder / INDEX).exists():
             files = sorted({folder / file for file in read_json(folder / INDEX)["weight_map"].values()})
         else:
             files = sorted(folder.glob(WEIGHT_FILES))
@@ -99,6 +101,10 @@ class Weights:
         if self._dtypes[name] not in known:
             raise BadInput(f"{self.folder}: {name} is {self._dtypes[name]}", fix="give weights in fp32, bf16 or fp16")
         return known[self._dtypes[name]]
+
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._files[name]
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor."""
@@ -134,35 +140,41 @@ class Weights:
 
 
 def write_weights(
-    folder: Path, tensors: Iterable[Named], dtype: Dtype, *, max_file_bytes: int = MAX_FILE_BYTES
-) -> None:
+    folder: Path,
+    tensors: Iterable[Sequence[Named]],
+    dtype: Dtype,
+    *,
+    check: Callable[[Weights], None] = lambda weights: None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> str:
     """Write safetensors: one file, or numbered ones with an index where they would exceed `max_file_bytes`.
 
-    A file that is in `folder` already is whole, and stays.
+    Tensors of one sequence are written into one file. `check` hears of each file once it is on the disk. A file that
+    is in `folder` already is whole, and stays. Returns one SHA-256 over the files.
     """
     import torch
 
     torch_dtype: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
-    files: list[list[Named]] = [[]]
-    room, total = max_file_bytes, 0
-    for tensor in tensors:
-        size = tensor.num_bytes(torch_dtype)
-        if files[-1] and size > room:
-            files.append([])
-            room = max_file_bytes
-        files[-1].append(tensor)
-        room, total = room - size, total + size
-    weight_map: dict[str, str] = {}
-    with console.byte_meter("write weights", total) as show:
-        for number, group in enumerate(files, start=1):
-            file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            if (folder / file).exists():
-                show(sum(each.num_bytes(torch_dtype) for each in group))
-            else:
-                safetensors_file.write(folder / file, group, torch_dtype, wrote=show)
-            weight_map |= {each.name: file for each in group}
+
+    def size(tensors: Iterable[Named]) -> int:
+        return sum(each.num_bytes(torch_dtype) for each in tensors)
+
+    groups = [list(itertools.chain(*group)) for group in into_files(tensors, size, max_file_bytes)]
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    files = dict(zip(names if len(names) > 1 else [SINGLE], groups, strict=True))
+    total = sum(map(size, groups))
+    there = sum(size(group) for name, group in files.items() if (folder / name).exists())
+    with console.byte_meter("write weights", total) as wrote:
+        wrote(there)
+        digest = write_files(
+            [folder / name for name in files],
+            lambda temporary, path: safetensors_file.write(temporary, files[path.name], torch_dtype, wrote=wrote),
+            lambda path: check(Weights(path)),
+        )
     if len(files) > 1:
+        weight_map = {tensor.name: name for name, group in files.items() for tensor in group}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return digest
 
 
 def num_bytes(model: ModelConfig, dtype: Dtype) -> int:

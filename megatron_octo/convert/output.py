@@ -1,10 +1,12 @@
-"""The folder that a conversion writes: kept, replaced or refused; and one that a killed attempt began, gone on with."""
+"""What a conversion writes: a folder that is kept, replaced or refused, or gone on with after a kill; and its files."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,12 @@ from megatron_octo import console, lineage, rundir
 from megatron_octo.errors import BadInput
 
 PLAN = "plan.json"
+MAX_FILE_BYTES = 2_000_000_000
+"""Largest weight file written: small enough to be in the page cache still when it is read back."""
+CHECKERS = 2
+"""Threads that check files: one waits for the disk while the other reads."""
+MAX_UNCHECKED = 3
+"""Files that the writer may be ahead."""
 
 
 def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Lineage | None:
@@ -75,3 +83,44 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
         (partial / rundir.LOCK).unlink()
         rundir.mark_done(partial)
         rundir.publish(partial, output)
+
+
+def into_files[T](items: Iterable[T], num_bytes: Callable[[T], int], max_file_bytes: int) -> list[list[T]]:
+    """Items in their order, as many to a file as `max_file_bytes` hold; one alone may take more."""
+    files: list[list[T]] = []
+    room = 0
+    for item in items:
+        size = num_bytes(item)
+        if not files or size > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(item)
+        room -= size
+    return files
+
+
+def write_files(paths: Iterable[Path], write: Callable[[Path, Path], None], check: Callable[[Path], None]) -> str:
+    """Write files one after the other; check and hash each, once it is on the disk, while the next ones are written.
+
+    `write` is given a temporary path, and the one that the file gets when it is whole. A file that is there already is
+    whole, and only checked. Returns one SHA-256 over all.
+    """
+
+    def finish(path: Path, temporary: Path | None) -> str:
+        if temporary:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        check(path)
+        return rundir.sha256(path)
+
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        sums: dict[str, Future[str]] = {}
+        for path in paths:
+            for each in list(sums.values())[:-MAX_UNCHECKED]:
+                each.result()
+            temporary = None if path.exists() else path.with_name(f".{path.name}.tmp")
+            if temporary:
+                write(temporary, path)
+            sums[path.name] = pool.submit(finish, path, temporary)
+        return rundir.sha256_files({name: each.result() for name, each in sums.items()})

@@ -46,10 +46,9 @@ def random_base(config: RandomBaseConfig, *, overwrite: bool = False) -> Path:
         return config.output
     tokenizer = hf_folder.read_tokenizer(config.tokenizer, config.model)
     with rundir.new_folder(config.output) as folder:
-        hf_folder.write_weights(folder, _tensors(config.model, config.seed), "fp32")
+        digest = hf_folder.write_weights(folder, ([each] for each in _tensors(config.model, config.seed)), "fp32")
         hf_folder.write_settings(folder, config.model, tokenizer, "fp32")
         rundir.write_json(folder / SETTINGS, settings)
-        digest = rundir.sha256_folder(folder, hf_folder.WEIGHT_FILES)
         lineage.write(folder, lineage.Lineage(name=NAME, kind="base", weights_sha256=digest))
     log.info("%s: %s random parameters", config.output, f"{config.model.num_parameters:,}")
     return config.output

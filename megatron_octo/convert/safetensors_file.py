@@ -7,7 +7,6 @@ filled up with spaces to a multiple of 8 bytes), then the numbers, in the order 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,21 +36,14 @@ class Named:
 
 
 def write(path: Path, tensors: Sequence[Named], dtype: torch.dtype, *, wrote: Callable[[int], None]) -> None:
-    """Write the tensors in `dtype`, made in the order given; `path` appears when it is whole.
-
-    `wrote` hears of bytes as they are written.
-    """
+    """Write the tensors in `dtype`, made in the order given; `wrote` hears of bytes as they are written."""
     header, places = _header(tensors, dtype)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with path.open("wb") as file:
         file.write(header)
         for each in tensors:
             file.seek(len(header) + places[each.name])
             file.write(_bytes(each.make().to(dtype)))
             wrote(each.num_bytes(dtype))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _header(tensors: Sequence[Named], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:

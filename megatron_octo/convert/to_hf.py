@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.train import ChatTemplate
 from megatron_octo.convert import hf_folder, model_card, sample
+from megatron_octo.convert.compare import compare_export
 from megatron_octo.convert.output import check_room, continued, finished, partial_folder
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import Save
@@ -34,12 +35,13 @@ def to_hf(
     chat_template: ChatTemplate = "plain",
     verify: bool = True,
     text: Path = sample.TEXT,
+    logits: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Convert the save in `save` (a step's folder, or an imported base) into `output`; returns `output`.
 
-    A plain Megatron checkpoint is converted as well; `config` is a Hugging Face folder of a model of its shape. `text`
-    is what the models read when they are compared.
+    A plain Megatron checkpoint is converted as well; `config` is a Hugging Face folder of a model of its shape.
+    `verify` compares all weights, and `logits` runs both models on `text`.
 
     The tokenizer's folder may hold the licence of the base, to copy. An `output` that was made from the same weights in
     the same number format is left as it is.
@@ -60,18 +62,22 @@ def to_hf(
     words = hf_folder.read_tokenizer(tokenizer, source.model)
     there = sum(path.stat().st_size for path in partial_folder(output).glob(hf_folder.WEIGHT_FILES))
     check_room(output, hf_folder.num_bytes(source.model, dtype) - there)
+
+    def check(written: hf_folder.Weights) -> None:
+        if verify:
+            compare_export(source, written)
+
     plan = {"weights_sha256": parent.weights_sha256, "dtype": dtype, "code": lineage.code_version()}
     with continued(output, plan) as folder:
-        hf_folder.write_weights(folder, _tensors(source), dtype)
+        digest = hf_folder.write_weights(folder, _tensors(source), dtype, check=check)
         hf_folder.write_settings(folder, source.model, words, dtype)
         if chat_template == "plain":
             hf_folder.write_plain_template(folder)
-        digest = rundir.sha256_folder(folder, hf_folder.WEIGHT_FILES)
         link = lineage.Lineage(name=parent.name, kind="export", weights_sha256=digest, step=parent.step, parent=parent)
         lineage.write(folder, link)
         model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
         if verify:
-            verify_export(save, folder, config, text=text)
+            verify_export(save, folder, config, weights=False, logits=logits, text=text)
     log.info("%s: %s, %s parameters", output, dtype, f"{source.model.num_parameters:,}")
     return output
 
@@ -84,10 +90,12 @@ def _check_same(output: Path, done: lineage.Lineage, parent: lineage.Lineage, dt
         raise BadInput(f"{output} is in {found}, not {wanted}", fix="give another folder, or --overwrite")
 
 
-def _tensors(source: Save) -> Iterator[Named]:
+def _tensors(source: Save) -> Iterator[list[Named]]:
     for weight in mapping.weights(source.model):
-        for index, (name, shape) in enumerate(weight.parts):
-            yield Named(name=name, shape=shape, make=_maker(source, weight, index))
+        yield [
+            Named(name=name, shape=shape, make=_maker(source, weight, index))
+            for index, (name, shape) in enumerate(weight.parts)
+        ]
 
 
 def _maker(source: Save, weight: mapping.Weight, index: int) -> Callable[[], torch.Tensor]:

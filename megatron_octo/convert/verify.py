@@ -16,9 +16,9 @@ from megatron_octo import console, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.train import ParallelConfig, PrecisionConfig
 from megatron_octo.convert import hf_folder, sample
+from megatron_octo.convert.compare import SHOWN, compare_export
 from megatron_octo.convert.save import Save
 from megatron_octo.errors import VerificationError
-from megatron_octo.model import mapping
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,6 @@ FP32_BYTES, SPARE = 4, 1.25
 """A whole model is built where so many times its weights are free."""
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 HF_LAYER = "layers.0."
-SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,15 +45,15 @@ class Report:
 
     num_tensors: int
     """Tensors equal bit for bit after a round trip."""
-    num_positions: int
-    """Positions whose logits were compared, in fp32, with the weights as exported."""
-    max_logit_difference: float
+    num_positions: int = 0
+    """Positions whose logits were compared, in fp32, with the weights as exported; 0 where that was left out."""
+    max_logit_difference: float = 0.0
     """Largest absolute difference of two logits; the bar is 1e-4, and 1e-5 of the largest logit."""
-    num_argmax_differences: int
+    num_argmax_differences: int = 0
     """Positions at which the models choose another token, ties apart; the bar is 0."""
-    mean_kl: float
+    mean_kl: float = 0.0
     """Mean Kullback-Leibler divergence of Megatron's prediction from Hugging Face's, nats; the bar is 1e-9."""
-    max_logit: float
+    max_logit: float = 0.0
     """Largest absolute logit, as the scale of the difference."""
     tokens: str = ""
     """What stood at the positions: tokens of which text, or random ones and why."""
@@ -62,17 +61,26 @@ class Report:
     """Whether the logits were computed layer by layer, since a whole model did not fit in free memory."""
 
 
-def verify(save: Path, hf: Path, config: Path | None = None, *, text: Path = sample.TEXT) -> Report:
+def verify(
+    save: Path,
+    hf: Path,
+    config: Path | None = None,
+    *,
+    weights: bool = True,
+    logits: bool = True,
+    text: Path = sample.TEXT,
+) -> Report:
     """Compare the export `hf` with the save it was made from; writes `verify.json` into `hf`.
 
-    `config` is as for `to_hf`. The logits are those at 1,024 positions of `text`.
+    `config` is as for `to_hf`. `weights` says that they were not compared yet; `logits` that both models shall run, at
+    1,024 positions of `text`.
 
     Raises:
         BadInput: one of the folders is not what it should be.
         VerificationError: they differ; the message says where. No `verify.json` remains.
     """
     try:
-        report = _compare(Save(save, config), hf, text)
+        report = _compare(Save(save, config), hf, text, weights=weights, logits=logits)
     except VerificationError:
         (hf / REPORT).unlink(missing_ok=True)
         raise
@@ -83,6 +91,8 @@ def verify(save: Path, hf: Path, config: Path | None = None, *, text: Path = sam
 
 def describe(report: Report) -> str:
     """The report as one line."""
+    if not report.num_positions:
+        return f"verified: {report.num_tensors} tensors bit-identical; logits not compared"
     how = "layer by layer over streamed weights" if report.streamed else "whole models"
     return (
         f"verified: {report.num_tensors} tensors bit-identical; logits over {report.num_positions:,} positions "
@@ -91,14 +101,17 @@ def describe(report: Report) -> str:
     )
 
 
-def _compare(source: Save, hf: Path, text: Path) -> Report:
+def _compare(source: Save, hf: Path, text: Path, *, weights: bool, logits: bool) -> Report:
     exported = hf_folder.Weights(hf)
     exported.check(source.model)
     _compare_settings(source.model, hf)
-    _compare_tensors(source, exported)
+    if weights:
+        compare_export(source, exported)
     dtypes = {exported.dtype(name) for name in exported.shapes}
     if len(dtypes) > 1:
         raise VerificationError(f"{hf} has weights in several number formats: {dtypes}", fix="convert again")
+    if not logits:
+        return Report(num_tensors=len(exported.shapes))
     report = _compare_logits(source, hf, dtypes.pop(), text)
     failures = []
     bar = min(MAX_LOGIT_DIFFERENCE, MAX_RELATIVE_DIFFERENCE * report.max_logit)
@@ -114,27 +127,6 @@ def _compare(source: Save, hf: Path, text: Path) -> Report:
             fix="do not use this export; convert again, and report it if it stays",
         )
     return replace(report, num_tensors=len(exported.shapes))
-
-
-def _compare_tensors(source: Save, exported: hf_folder.Weights) -> None:
-    """Join the exported tensors again and compare bits with the save's, in the export's number format."""
-    wrong = []
-    for weight in mapping.weights(source.model):
-        back = weight.join([exported.read(name) for name, _ in weight.parts])
-        if not _same_bits(back, source.read(weight.key, weight.layer).to(back.dtype)):
-            wrong.append(weight.parts[0][0])
-    if wrong:
-        raise VerificationError(
-            f"{exported.folder}: {len(wrong)} tensors differ from those of {source.folder}: {', '.join(wrong[:SHOWN])}",
-            fix="do not use this export; convert again",
-        )
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    import torch
-
-    view = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
-    return a.shape == b.shape and torch.equal(a.contiguous().view(view), b.contiguous().view(view))
 
 
 def _compare_settings(model: ModelConfig, hf: Path) -> None:

@@ -87,6 +87,14 @@ def test_an_unverified_export_holds_no_report(convert: Run, run_folder: Path, tm
     assert rundir.is_done(tmp_path / "out") and not (tmp_path / "out/verify.json").exists()
 
 
+def test_a_proof_of_the_weights_alone_runs_no_model(convert: Run, run_folder: Path, tmp_path: Path) -> None:
+    assert convert("to-hf", run_folder, tmp_path / "out", "--skip-logits")[0] == 0
+    report = rundir.read_json(tmp_path / "out/verify.json")
+    assert report["num_tensors"] > 20 and report["num_positions"] == 0
+    code, out, _ = convert("verify", run_folder, tmp_path / "out", "--skip-logits")
+    assert (code, out) == (0, f"verified: {report['num_tensors']} tensors bit-identical; logits not compared\n")
+
+
 def test_a_random_base_comes_from_json_too(convert: Run, miniature: Path, tmp_path: Path) -> None:
     base = load_recipe(RECIPE, PipelineConfig).base
     assert base is not None

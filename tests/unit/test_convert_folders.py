@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +19,14 @@ from megatron_octo.budget.ledger import LedgerRecord, SourceTokens
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
-from megatron_octo.convert import hf_folder, model_card, torch_dist
+from megatron_octo.convert import hf_folder, model_card, output, torch_dist
 from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import MOST_PADDING, Save, find_save
 from megatron_octo.convert.to_hf import to_hf
-from megatron_octo.errors import BadInput
+from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model import mapping
 from tests.conftest import snapshot
 
@@ -180,7 +182,7 @@ def test_number_formats_stay_as_they_are(base: Path, tmp_path: Path) -> None:
 def test_a_weight_file_has_the_bytes_of_the_librarys_own_writer(base: Path, tmp_path: Path, dtype: Dtype) -> None:
     tensors = load_file(base / "model.safetensors")
     out = [Named(name=name, shape=tuple(t.shape), make=lambda t=t: t) for name, t in reversed(tensors.items())]
-    hf_folder.write_weights(tmp_path, out, dtype)
+    hf_folder.write_weights(tmp_path, [out], dtype)
     rounded = {name: t.to(getattr(torch, hf_folder.TORCH_NAMES[dtype])) for name, t in tensors.items()}
     save_file(rounded, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -188,7 +190,7 @@ def test_a_weight_file_has_the_bytes_of_the_librarys_own_writer(base: Path, tmp_
 
 def test_large_models_are_written_and_read_in_numbered_files(base: Path, tmp_path: Path) -> None:
     weights = hf_folder.Weights(base)
-    tensors = [Named(name=n, shape=s, make=lambda n=n: weights.read(n)) for n, s in weights.shapes.items()]
+    tensors = [[Named(name=n, shape=s, make=lambda n=n: weights.read(n))] for n, s in weights.shapes.items()]
     out = tmp_path / "sharded"
     out.mkdir()
     hf_folder.write_weights(out, tensors, "fp32", max_file_bytes=4096)
@@ -202,6 +204,85 @@ def test_large_models_are_written_and_read_in_numbered_files(base: Path, tmp_pat
     again, once = Save(tmp_path / "import"), Save(from_hf(base, tmp_path / "once"))
     for weight in mapping.weights(MODEL):
         assert torch.equal(again.read(weight.key, weight.layer), once.read(weight.key, weight.layer))
+
+
+def test_an_import_in_several_files_is_one_base(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_dist.write.__kwdefaults__, "max_file_bytes", 4096)
+    out = from_hf(base, tmp_path / "import")
+    assert len(list(out.glob("*.distcp"))) > 2
+    link = lineage.read(out)
+    assert link.weights_sha256 == rundir.sha256_folder(out, "*.distcp")
+    assert link.parent == lineage.read(base)
+    save, weights = Save(out), hf_folder.Weights(base)
+    for weight in mapping.weights(MODEL):
+        parts = weight.split(save.read(weight.key, weight.layer))
+        assert all(torch.equal(part, weights.read(name)) for part, (name, _) in zip(parts, weight.parts, strict=True))
+
+
+def test_tensors_that_megatron_joins_are_exported_into_one_file(
+    made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(hf_folder.write_weights.__kwdefaults__, "max_file_bytes", 4096)
+    out = to_hf(made / "import", tmp_path / "out", words, dtype="fp32", logits=False)
+    file = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(file.values())) > 2
+    assert all(len({file[name] for name, _ in weight.parts}) == 1 for weight in mapping.weights(MODEL))
+    assert lineage.read(out).weights_sha256 == rundir.sha256_folder(out, "*.safetensors")
+
+
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_a_bit_that_the_disk_turns_is_found(
+    made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """One in the numbers of the last tensor, in the last of several files."""
+    for function in (torch_dist.write, hf_folder.write_weights):
+        monkeypatch.setitem(function.__kwdefaults__, "max_file_bytes", 4096)
+    write_files = output.write_files
+
+    def spoil(write: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def spoilt(temporary: Path, path: Path) -> None:
+            write(temporary, path)
+            number = load_folder(made / "base")["lm_head.weight"].numpy().tobytes()[-64:]
+            content = temporary.read_bytes()
+            if number in content:
+                temporary.write_bytes(content.replace(number, number[:-1] + bytes([number[-1] ^ 1])))
+
+        return spoilt
+
+    for module in (torch_dist, hf_folder):
+        monkeypatch.setattr(module, "write_files", lambda paths, write, check: write_files(paths, spoil(write), check))
+
+    def convert(verify: bool) -> None:
+        if way == "in":
+            from_hf(made / "base", tmp_path / "import", verify=verify)
+        else:
+            to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=verify, logits=False)
+
+    with pytest.raises(VerificationError, match=r"1 tensors differ from those of .*: lm_head.weight"):
+        convert(verify=True)
+    assert not list(tmp_path.iterdir())
+    convert(verify=False)
+
+
+def test_a_file_is_on_the_disk_before_it_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old").write_text("whole already")
+    synced, checked = [], []
+    monkeypatch.setattr(output.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+
+    def check(path: Path) -> None:
+        checked.append((path.name, path.read_text(), path.stat().st_ino in synced))
+
+    names = ["first", "old", "last"]
+    digest = output.write_files(
+        [tmp_path / name for name in names], lambda temporary, path: temporary.write_text(path.name), check
+    )
+    assert sorted(checked) == [("first", "first", True), ("last", "last", True), ("old", "whole already", False)]
+    assert digest == rundir.sha256_folder(tmp_path, "*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_files_are_filled_in_order_and_one_alone_may_be_larger() -> None:
+    assert output.into_files([3, 3, 9, 1, 6, 2], int, 7) == [[3, 3], [9], [1, 6], [2]]
 
 
 def test_random_weights_follow_from_the_seed(made: Path, words: Path, tmp_path: Path) -> None:
@@ -382,7 +463,7 @@ def test_what_a_killed_export_of_another_format_left_is_not_used(made: Path, wor
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_weight_file_that_is_missing_or_cut_off_is_refused(base: Path, tmp_path: Path, damage: str) -> None:
     weights = hf_folder.Weights(base)
-    tensors = [Named(name=n, shape=s, make=lambda n=n: weights.read(n)) for n, s in weights.shapes.items()]
+    tensors = [[Named(name=n, shape=s, make=lambda n=n: weights.read(n))] for n, s in weights.shapes.items()]
     sharded = tmp_path / "sharded"
     sharded.mkdir()
     shutil.copy(base / "config.json", sharded)

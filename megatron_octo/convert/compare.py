@@ -1,0 +1,66 @@
+"""Bit for bit: do the weights of a Hugging Face folder and of a save return from their way there and back?
+
+Reads what is on the disk, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_octo.convert.hf_folder import Weights
+from megatron_octo.errors import VerificationError
+from megatron_octo.model import mapping
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_octo.convert.save import Save
+    from megatron_octo.convert.torch_dist import Reader
+
+SHOWN = 5
+
+
+def compare_export(source: Save, exported: Weights) -> None:
+    """Join exported tensors again and compare with the save's, in the export's number format.
+
+    Raises:
+        VerificationError: some differ.
+    """
+    wrong = []
+    for weight in mapping.weights(source.model):
+        if weight.parts[0][0] in exported.shapes:
+            back = weight.join([exported.read(name) for name, _ in weight.parts])
+            if not _same_bits(back, source.read(weight.key, weight.layer).to(back.dtype)):
+                wrong.append(weight.parts[0][0])
+    _raise_if_any(wrong, exported.folder, source.folder)
+
+
+def compare_import(reader: Reader, weights: Sequence[mapping.Weight], hf: Weights) -> None:
+    """Split the tensors of a new base again and compare with those that they were made of.
+
+    Raises:
+        VerificationError: some differ.
+    """
+    wrong = []
+    for weight in weights:
+        back = weight.split(reader.read(weight.key, weight.layer))
+        if not all(_same_bits(part, hf.read(name)) for part, (name, _) in zip(back, weight.parts, strict=True)):
+            wrong.append(weight.parts[0][0])
+    _raise_if_any(wrong, reader.folder, hf.folder)
+
+
+def _raise_if_any(wrong: Sequence[str], result: Path, origin: Path) -> None:
+    if wrong:
+        raise VerificationError(
+            f"{result}: {len(wrong)} tensors differ from those of {origin}: {', '.join(wrong[:SHOWN])}",
+            fix="do not use this result; convert again",
+        )
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    view = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
+    return a.shape == b.shape and torch.equal(a.contiguous().view(view), b.contiguous().view(view))
