@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import errno
 import io
+import itertools
 import os
 import signal
 import time
@@ -27,14 +28,14 @@ def install(mode: str, at: int, record: str, rank: str = "0", where: str = SAVES
     """
     if os.environ.get("RANK", "0") != rank:
         return
-    log, seen = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND), [0]
+    log, numbers = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND), itertools.count(1)
 
     def meet(what: str, path: object, by_half: Callable[[], object] = lambda: None) -> None:
         if where not in os.fsdecode(str(path)):
             return
-        seen[0] += 1
+        number = next(numbers)  # threads count at once
         os.write(log, f"{what} {path}\n".encode())
-        if seen[0] == at or (mode == "full" and seen[0] > at > 0 and what in ("open", "write", "mkdir")):
+        if number == at or (mode == "full" and number > at > 0 and what in ("open", "write", "mkdir")):
             by_half()
             if mode == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
