@@ -35,12 +35,14 @@ def load_sharded(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
         BadInput: the folder has no index, lacks something, or has pickles that refer to more than numbers.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
     from torch.distributed.checkpoint import CheckpointException
 
     read_index(folder)
+    unrounded = TorchDistLoadShardedStrategy(stream_ckpt_dequant=False)  # else FP8 weights are rounded piece by piece
     try:
         with weights_only():
-            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder), unrounded)
     except (CheckpointException, pickle.UnpicklingError) as error:
         found = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         lines = str(found).splitlines()

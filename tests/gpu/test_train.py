@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(folder: Path, name: str, *, steps: int) -> MidTrainConfig:
-    """A stage of MODEL, its rate so low that rounding does not grow, its micro-batches 128 tokens, as FP8 asks."""
+    """A stage of MODEL at a rate so low that rounding does not grow; 128 tokens a micro-batch, as FP8 asks."""
     config = stage(folder / "data", name, steps=steps, save_every=SAVED)
     budget = replace(config.budget, micro_batch_sequences=4)
     return replace(config, model=MODEL, budget=budget, learning_rate=ConstantRate(peak=3e-4))

@@ -124,7 +124,7 @@ def test_transformer_engine_may_unpickle_records_that_were_checked_and_no_others
     allowed, seen = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", []
     monkeypatch.delenv(allowed, raising=False)
 
-    class Chunk:
+    class Chunk(torch.nn.Module):
         def load_state_dict(self, state: Any, strict: bool) -> Any:
             seen.append(os.environ.get(allowed))
             return types.SimpleNamespace(unexpected_keys=[], missing_keys=[])
