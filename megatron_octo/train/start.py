@@ -39,6 +39,15 @@ def start_folder(config: MidTrainConfig, mixture: Mixture) -> Path | None:
     return folder
 
 
+def check_parent(start: FromRun, config: MidTrainConfig) -> None:
+    """Refuse a parent that the stage could not start from, its data aside.
+
+    Raises:
+        BadInput: it has no such save, or is another model.
+    """
+    check_shape(config.model, _parent_save(start, config.name))
+
+
 def newest_readable(run: Path) -> Path | None:
     """The newest save of a run whose records can be read, None if there is none.
 
