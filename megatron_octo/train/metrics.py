@@ -131,13 +131,11 @@ class Metrics:
 
     def _line(self, step: int, result: StepResult, rate: float) -> str:
         total = self._plan.num_steps
-        fields = [
-            f"step {step:,}/{total:,}",
-            f"{100 * step / total:.1f}%",
-            f"loss {result.loss:.4f}",
-            f"lr {rate:.2e}",
-            f"grad {result.grad_norm:.2f}",
-        ]
+        fields = [f"step {step:,}/{total:,}", f"{100 * step / total:.1f}%"]
+        if result.is_left_out:
+            fields.append("left out")
+        else:
+            fields += [f"loss {result.loss:.4f}", f"lr {rate:.2e}", f"grad {result.grad_norm:.2f}"]
         if self._since_log:
             seconds = sum(self._since_log) / len(self._since_log)
             per_second = self._plan.batch_tokens / seconds

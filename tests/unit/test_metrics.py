@@ -18,7 +18,7 @@ from megatron_octo.errors import OctoError
 from megatron_octo.model.flops import train_flops_per_token
 from megatron_octo.train import metrics as module
 from megatron_octo.train.metrics import Metrics
-from megatron_octo.train.step import StepResult
+from megatron_octo.train.step import LEFT_OUT, StepResult
 from tests.prepared import BATCH, MODEL, SEQ_LENGTH, stage
 
 PEAK = 1e9
@@ -56,6 +56,12 @@ def test_the_line_for_people(opened, caplog):
         f"mfu {100 * mfu:.1f}%  61.3 GiB  eta 8m18s",
         "step 5  held-out loss  web 2.5000  short 1.2500",
     ]
+
+
+def test_the_line_of_a_step_that_is_left_out_says_so(opened, caplog):
+    left_out = replace(RESULT, loss=math.nan, grad_norm=math.nan, seconds=0.0, finding=LEFT_OUT)
+    opened().record(5, left_out, 2e-5, {}, {})
+    assert caplog.messages[-1] == "step 5/1,000  0.5%  left out  61.3 GiB"
 
 
 def test_the_start_says_how_mfu_is_computed(opened, caplog):
