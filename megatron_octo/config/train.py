@@ -92,6 +92,19 @@ class OptimizerConfig(Settings):
     clip_norm: float = 1.0
     """Largest global gradient norm. Not in the paper."""
 
+    def __post_init__(self) -> None:
+        for name, usual in (("beta1", 0.9), ("beta2", 0.95)):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} {value:g} is not in [0, 1)", fix=f"a usual one is {usual}")
+        for name, usual in (("eps", 1e-8), ("clip_norm", 1.0)):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name} {value:g} is not above 0", fix=f"a usual one is {usual:g}")
+        require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay {self.weight_decay:g} is below 0: the weights would grow",
+            fix="give 0 or more; the paper's is 0.1",
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig(Settings):
@@ -265,6 +278,9 @@ class WatchConfig(Settings):
             f"watch.hang_timeout_s {self.hang_timeout_s} is not above 0",
             fix="give seconds, or None to wait for ever",
         )
+        for name in ("most_skips_in_a_row", "most_roll_backs"):
+            most = getattr(self, name)
+            require(most >= 0, f"watch.{name} {most} is below 0", fix="give 0 to stop at the first, or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_octo import rundir
-from megatron_octo.budget.ledger import Phase, next_phases, read_ledger
+from megatron_octo.budget.ledger import Phase, Stream, next_phases, read_ledger
 from megatron_octo.budget.schedule import rate_at
 from megatron_octo.config.base import read_settings
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig
@@ -36,6 +37,15 @@ def start_folder(config: MidTrainConfig, mixture: Mixture) -> Path | None:
         return None
     check_shape(config.model, folder)
     return folder
+
+
+def check_parent(start: FromRun, config: MidTrainConfig) -> None:
+    """Refuse a parent that the stage could not start from, its data aside.
+
+    Raises:
+        BadInput: it has no such save, or is another model.
+    """
+    check_shape(config.model, _parent_save(start, config.name))
 
 
 def newest_readable(run: Path) -> Path | None:
@@ -70,6 +80,8 @@ def data_phases(config: MidTrainConfig, save: Path | None, start: Path | None) -
 def check_budget(config: MidTrainConfig, mixture: Mixture, phase: Phase) -> None:
     """Refuse a phase that has nothing to read, or that reads a source too often.
 
+    What was read before counts: by the stage, and by a parent that it reads on after.
+
     Raises:
         BadInput: so it is.
     """
@@ -79,8 +91,9 @@ def check_budget(config: MidTrainConfig, mixture: Mixture, phase: Phase) -> None
             f"{config.name} has read all its {config.budget.train_tokens:,} tokens: none is left to weigh anew",
             fix="go on with the settings of the run folder, without --reweigh",
         )
-    read_before = {line.name: line.consumed for line in phase.before}
-    mix.check_repeats(mix.plan(config.data, available=mixture.tokens, train_tokens=left, read_before=read_before))
+    read_before = _tokens_read(phase.streams, mixture, config.data.seq_length)
+    plans = mix.plan(config.data, available=mixture.tokens, train_tokens=left, read_before=read_before)
+    mix.check_repeats(plans, reader="before" if phase.start_sequences else "by the parent")
 
 
 def shared_data(start: FromRun, mixture: Mixture, save: Path) -> str:
@@ -89,8 +102,20 @@ def shared_data(start: FromRun, mixture: Mixture, save: Path) -> str:
     shared = sorted({mixture.names[each.source] for each in mixture.shards if each.prefix.resolve() in read})
     if not shared:
         return "reads no data set that the parent read"
-    how = "after what it read" if start.skip_consumed else "from the beginning again (--start.skip-consumed goes on)"
+    how = (
+        "on from there, and again once none of it is unread"
+        if start.skip_consumed
+        else "from the beginning again (--start.skip-consumed goes on)"
+    )
     return f"data sets that the parent read too: {', '.join(shared)}; this stage reads them {how}"
+
+
+def _tokens_read(streams: Sequence[Stream], mixture: Mixture, seq_length: int) -> dict[str, int]:
+    """Tokens of each source that were read, by its name."""
+    used, read = {stream.prefix: stream.used for stream in streams}, dict.fromkeys(mixture.names, 0)
+    for shard in mixture.shards:
+        read[mixture.names[shard.source]] += used.get(shard.prefix.resolve(), 0) * seq_length
+    return read
 
 
 def _import(start: FromImport) -> Path:
@@ -167,3 +192,4 @@ def _check_branch(config: MidTrainConfig, start: FromRun, mixture: Mixture, save
                 f"have {parent.data.seq_length:,}",
                 fix="use the parent's data.seq_length, or read the sources from their beginning",
             )
+        check_budget(config, mixture, data_phases(config, None, save)[-1])

@@ -55,6 +55,11 @@ class StepResult:
         return gravity(self.finding) > 0
 
     @property
+    def is_left_out(self) -> bool:
+        """Whether nothing was computed."""
+        return self.finding is LEFT_OUT
+
+    @property
     def rolls_back(self) -> bool:
         """Whether the run is to go back to its last save."""
         return self.finding is not None and self.finding.action == "roll_back"
