@@ -48,9 +48,9 @@ from megatron_octo.platform.process import die_with, octo_command
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MODELS = {"1b": "llama32_1b", "3b": "llama32_3b", "8b": "llama31_8b"}
+SEQUENCES = {"1b": 8, "3b": 4, "8b": 2, "tiny": 8}  # of a step, a second or two each; the paper's 512 on 64 GPUs are 8
 PRECISIONS = ("bf16", *fp8.NEEDS)
 SEQ_LENGTH = 8192
-SEQUENCES = 8  # of a step: the paper's 512 on 64 GPUs
 LEARNING_RATE = 3e-4
 WARMUP_STEPS = 5
 ENOUGH_STEPS = 1000  # the budget: its last step, which saves, is never reached
@@ -179,7 +179,7 @@ def see() -> tuple[Platform, str, float]:
 
 def cells_of(model: str, precisions: Sequence[str], folder: Path, machine: Machine, tiny: bool) -> list[Cell]:
     """A model's cells, with as many layers as fit on the GPU in every precision."""
-    whole = small_batches(TINY, folder, TINY.max_positions, 2) if tiny else stage(model, folder)
+    whole = small_batches("tiny", TINY, folder, TINY.max_positions, 2) if tiny else stage(model, folder)
     formats = {
         name: PrecisionConfig(fp8="off" if name == "bf16" else name, fp8_emulation=tiny and name != "bf16")  # type: ignore[arg-type]
         for name in PRECISIONS
@@ -209,10 +209,10 @@ def cells_of(model: str, precisions: Sequence[str], folder: Path, machine: Machi
 def stage(model: str, folder: Path) -> MidTrainConfig:
     """The recipe's model and micro-batch, alone on a GPU."""
     paper = load_recipe(f"{RECIPES / MODELS[model]}.py:stable_200b", MidTrainConfig)
-    return small_batches(paper.model, folder, SEQ_LENGTH, paper.budget.micro_batch_sequences)
+    return small_batches(model, paper.model, folder, SEQ_LENGTH, paper.budget.micro_batch_sequences)
 
 
-def small_batches(model: ModelConfig, folder: Path, seq_length: int, micro_batch: int) -> MidTrainConfig:
+def small_batches(name: str, model: ModelConfig, folder: Path, seq_length: int, micro_batch: int) -> MidTrainConfig:
     """A stage of this model from random weights, on our data, that saves at its end alone."""
     return MidTrainConfig(
         name="x",
@@ -220,8 +220,8 @@ def small_batches(model: ModelConfig, folder: Path, seq_length: int, micro_batch
         start=FromScratch(),
         data=on_words(folder / f"data-{model.vocab_size}", seq_length),
         budget=BudgetConfig(
-            train_tokens=ENOUGH_STEPS * SEQUENCES * seq_length,
-            batch_sequences=SEQUENCES,
+            train_tokens=ENOUGH_STEPS * SEQUENCES[name] * seq_length,
+            batch_sequences=SEQUENCES[name],
             micro_batch_sequences=micro_batch,
         ),
         learning_rate=ConstantRate(peak=LEARNING_RATE),

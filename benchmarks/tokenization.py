@@ -1,6 +1,6 @@
 """`octo data prepare` against Megatron's classic way: tokens a second end to end, and memory on a large file.
 
-    python benchmarks/tokenize.py --text stable/*.jsonl.gz --tokenizer LLAMA3_FOLDER --workers 2 --json
+    python benchmarks/tokenization.py --text stable/*.jsonl.gz --tokenizer LLAMA3_FOLDER --workers 2 --json
 
 The classic way is that of Megatron's preprocess_data.py: a pool of processes, Hugging Face's tokenizers document by
 document, megatron-core's IndexedDatasetBuilder. Both read the same file of JSON lines, made of the texts given,
