@@ -8,11 +8,13 @@ megatron; this package holds all that patches other people's code (`megatron_cpu
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from megatron_octo.errors import OctoError
@@ -51,7 +53,9 @@ class Platform:
         On a GPU, choose the device of the local rank before this.
         """
         _quiet()
-        if self.device == "cpu":
+        if self.device == "cuda":
+            _one_cudnn()
+        else:
             from megatron_octo.platform import megatron_cpu, rotary
 
             megatron_cpu.install()
@@ -113,7 +117,7 @@ def resolve() -> Platform:
 
 def _missing_on_gpu() -> list[Missing]:
     missing = []
-    if not (_installed("transformer_engine") and _installed("transformer_engine_torch")):  # built apart, by itself
+    if not has_engine():
         missing.append(
             Missing(
                 what="Transformer Engine",
@@ -132,9 +136,31 @@ def _missing_on_gpu() -> list[Missing]:
     return missing
 
 
+def has_engine() -> bool:
+    """Whether Transformer Engine is there whole: its torch part, built by itself, is a file in one of its folders."""
+    spec = find_spec("transformer_engine")
+    if spec is None or spec.origin is None:
+        return False
+    package = Path(spec.origin).parent
+    places = (package / "wheel_lib", package, package.parent)  # a wheel's, a source build's, an editable one's
+    return any(file for place in places for file in place.glob("transformer_engine_torch*.so"))
+
+
 def has_apex() -> bool:
     """Whether NVIDIA apex is installed, told by its extensions: the package index's `apex` is another project."""
     return all(map(_installed, ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")))
+
+
+def _one_cudnn() -> None:
+    """Point Transformer Engine at the cuDNN that torch brought along: it would load the system's, and torch refuses it.
+
+    Seen with a system's 9.14 beside a torch built against 9.19.
+    """
+    import torch
+
+    bundled = Path(torch.__file__).parent.parent / "nvidia" / "cudnn"
+    if bundled.is_dir():
+        os.environ.setdefault("CUDNN_HOME", str(bundled))
 
 
 def _quiet() -> None:

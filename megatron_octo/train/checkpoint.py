@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_octo import checksums, lineage, rundir
 from megatron_octo.config.base import fingerprint, to_dict
+from megatron_octo.console import logger
 from megatron_octo.errors import OctoError
 from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE, load_sharded, put_weights, sharded_weights
 from megatron_octo.platform import checkpoint_writer
@@ -197,9 +198,14 @@ def _random_states() -> Any:
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
+    """Go on with the save's random states; those of another kind of device stay as the seed made them."""
     import torch
     from megatron.core import tensor_parallel
 
+    torch.set_rng_state(states["cpu"])
+    if states["device"].shape != torch.cuda.get_rng_state().shape:
+        logger(__name__).warning("the save is another kind of device's: random states go on from the seed, not from it")
+        return
     tracker = tensor_parallel.get_cuda_rng_tracker()
     recorded = tensor_parallel.is_graph_safe_cuda_rng_tracker(tracker)  # under CUDA graphs: generators, not tensors
     torch.cuda.set_rng_state(states["device"])
@@ -209,7 +215,6 @@ def _set_random_states(states: dict[str, Any]) -> None:
             for name, state in states["tracker"].items()
         }
     )
-    torch.set_rng_state(states["cpu"])
 
 
 def _in_thread[T](work: Callable[[], T]) -> Future[T]:
