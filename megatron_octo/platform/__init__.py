@@ -8,7 +8,6 @@ megatron; this package holds all that patches other people's code (`megatron_cpu
 from __future__ import annotations
 
 import logging
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -53,9 +52,7 @@ class Platform:
         On a GPU, choose the device of the local rank before this.
         """
         _quiet()
-        if self.device == "cuda":
-            _one_cudnn()
-        else:
+        if self.device == "cpu":
             from megatron_octo.platform import megatron_cpu, rotary
 
             megatron_cpu.install()
@@ -149,18 +146,6 @@ def has_engine() -> bool:
 def has_apex() -> bool:
     """Whether NVIDIA apex is installed, told by its extensions: the package index's `apex` is another project."""
     return all(map(_installed, ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")))
-
-
-def _one_cudnn() -> None:
-    """Point Transformer Engine at the cuDNN that torch brought along: it would load the system's, and torch refuses it.
-
-    Seen with a system's 9.14 beside a torch built against 9.19.
-    """
-    import torch
-
-    bundled = Path(torch.__file__).parent.parent / "nvidia" / "cudnn"
-    if bundled.is_dir():
-        os.environ.setdefault("CUDNN_HOME", str(bundled))
 
 
 def _quiet() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -22,21 +21,6 @@ def test_transformer_engine_is_there_with_its_torch_part_wherever_an_installatio
     assert not platform.has_engine()
     (tmp_path / place / "transformer_engine_torch.cpython-312-x86_64-linux-gnu.so").touch()
     assert platform.has_engine()
-
-
-def test_transformer_engine_loads_the_cudnn_that_torch_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch/__init__.py"))
-    monkeypatch.delenv("CUDNN_HOME", raising=False)
-    platform._one_cudnn()
-    assert "CUDNN_HOME" not in os.environ, "torch brought none"
-    (tmp_path / "nvidia/cudnn").mkdir(parents=True)
-    platform._one_cudnn()
-    assert os.environ["CUDNN_HOME"] == str(tmp_path / "nvidia/cudnn")
-    monkeypatch.setenv("CUDNN_HOME", "/opt/cudnn")
-    platform._one_cudnn()
-    assert os.environ["CUDNN_HOME"] == "/opt/cudnn", "the user's choice stands"
 
 
 def test_random_states_of_another_kind_of_device_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
