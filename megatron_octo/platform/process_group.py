@@ -19,6 +19,7 @@ LAUNCHERS_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID"),
 )
+BLACKWELL = (10, 0)  # compute capability
 PIPELINE_SEED_OFFSET = 100  # stages draw different weights; megatron's own convention
 
 
@@ -81,6 +82,7 @@ def model_parallel(
 
     me = world()
     if platform.device == "cuda":
+        _order_kernels(platform, parallel)
         torch.cuda.set_device(me.local_rank)
     platform.activate()
     from megatron.core import parallel_state, tensor_parallel
@@ -105,6 +107,16 @@ def model_parallel(
         parallel_state.destroy_model_parallel()
         if ours:
             dist.destroy_process_group()
+
+
+def _order_kernels(platform: Platform, parallel: ParallelConfig) -> None:
+    """One hardware queue under tensor parallelism, unless the user chose: communication starts before what hides it.
+
+    megatron's layers rely on it (`core/tensor_parallel/layers.py`); from Blackwell on they need not, and FSDP's
+    gathers want several.
+    """
+    if parallel.tensor > 1 and not parallel.fsdp and platform.chip < BLACKWELL:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _init(platform: Platform, me: World) -> None:

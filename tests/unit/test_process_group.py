@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from megatron_octo.config.train import ParallelConfig
 from megatron_octo.errors import BadInput
-from megatron_octo.platform.process_group import World, started_by_launcher, world
+from megatron_octo.platform import Platform
+from megatron_octo.platform.process_group import World, _order_kernels, started_by_launcher, world
 
 VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
@@ -71,3 +74,27 @@ for _ in range(2):
 def test_all_groups_on_a_cpu_are_polled_by_one_thread():
     done = subprocess.run([sys.executable, "-c", COUNT_POLLS], capture_output=True, text=True, check=False)
     assert done.stdout.count("polls 1\n") == 2, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("chip", "parallel", "queues"),
+    [
+        ((9, 0), ParallelConfig(tensor=2), "1"),
+        ((9, 0), ParallelConfig(), None),
+        ((9, 0), ParallelConfig(tensor=2, fsdp=True, distributed_optimizer=False), None),
+        ((10, 0), ParallelConfig(tensor=2), None),
+    ],
+)
+def test_one_hardware_queue_under_tensor_parallelism(monkeypatch, chip, parallel, queues):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")  # for its end
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    gpu = Platform(device="cuda", backend="nccl", layer_family="transformer_engine", chip=chip)
+    _order_kernels(gpu, parallel)
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == queues
+
+
+def test_the_users_hardware_queues_stand(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    gpu = Platform(device="cuda", backend="nccl", layer_family="transformer_engine", chip=(9, 0))
+    _order_kernels(gpu, ParallelConfig(tensor=2))
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
