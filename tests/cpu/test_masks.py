@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ from megatron_octo.config.data import MixtureConfig, SourceConfig
 from megatron_octo.data.borders import cut_at_documents
 from megatron_octo.data.loader import build_dataset
 from megatron_octo.data.mixture import read_mixture
-from tests.conftest import REPOSITORY
 from tests.cpu.masks import CUT_LAYOUTS, SPARSE_BATCH, SPARSE_LAYOUTS, SPARSE_STEPS, STEPS, write_marks
 from tests.prepared import EOS, VOCAB, write_documents, write_tokenizer
+from tests.ranks import ended_well, launch
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make setup")
 
@@ -122,17 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _launch(folder: Path, *, ranks: int) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.cpu.masks", str(folder)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LAUNCH_TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    ended_well(launch("tests.cpu.masks", folder, timeout_s=LAUNCH_TIMEOUT_S, ranks=ranks))
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,6 @@ compared to the byte, but for some ids and masks.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +14,8 @@ import pytest
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.plan.memory import DTYPE_BYTES, chunks_in_flight, layer_bytes, stage_memory, stage_parameters
 from megatron_octo.rundir import read_json
-from tests.conftest import REPOSITORY
 from tests.cpu.footprint import CASES, MICRO_BATCHES, PIPELINES, SEQ_LENGTH, TIED, case
+from tests.ranks import ended_well, launch
 
 LAUNCH_TIMEOUT_S = 400
 PADDING = 0.01  # megatron rounds the buffers of gradients and moments up to 128 elements a rank
@@ -33,17 +30,7 @@ pytestmark = pytest.mark.timeout(LAUNCH_TIMEOUT_S + 60)
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank wrote."""
     folder = tmp_path_factory.mktemp("footprint")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.cpu.footprint", str(folder)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LAUNCH_TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    ended_well(launch("tests.cpu.footprint", folder, timeout_s=LAUNCH_TIMEOUT_S))
     return [read_json(folder / f"{rank}.json") for rank in range(2)]
 
 

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from megatron_octo.convert.torch_dist import Reader
 from tests.conftest import REPOSITORY
 from tests.cpu.matrix import BF16_LAYOUTS, CHANGES, LAYOUTS, PEAK
 from tests.prepared import BATCH, SEQ_LENGTH, stage
+from tests.ranks import ended_well, launch
 
 FP32_TOLERANCE = 5e-6  # CONTRIBUTING.md
 BF16_TOLERANCE = 5e-3
@@ -36,18 +34,7 @@ pytestmark = pytest.mark.timeout(LAUNCH_TIMEOUT_S + 60)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks have trained everything in `matrix.py`."""
     path = tmp_path_factory.mktemp("matrix")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.cpu.matrix", str(path)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LAUNCH_TIMEOUT_S,
-        check=False,
-    )
-    (path / "log").write_text(done.stderr)
-    assert done.returncode == 0, done.stderr[-5000:]
+    (path / "log").write_text(ended_well(launch("tests.cpu.matrix", path, timeout_s=LAUNCH_TIMEOUT_S)))
     return path
 
 

@@ -6,8 +6,6 @@ One launch of two ranks (`watching.py`) trains everything; the tests read the ru
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ import pytest
 from megatron_octo import rundir
 from megatron_octo.report.load import _read_lines
 from megatron_octo.train.state import read_state, saved_steps
-from tests.conftest import REPOSITORY
 from tests.cpu.watching import EXPORT, FAULTY, SECRET, STEPS, VALIDATED
 from tests.prepared import BATCH, SEQ_LENGTH
+from tests.ranks import ended_well, launch
 
 FP32_TOLERANCE = 5e-6  # CONTRIBUTING.md
 LAUNCH_TIMEOUT_S = 500
@@ -50,24 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("watching")
     (path / "modules").mkdir()
     (path / "modules" / "wandb.py").write_text(WANDB)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ended = subprocess.run(
-        [*torchrun, "-m", "tests.cpu.watching", str(path)],
-        cwd=REPOSITORY,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{path / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-            "WANDB_API_KEY": SECRET,
-        },
-        capture_output=True,
-        text=True,
-        timeout=LAUNCH_TIMEOUT_S,
-        check=False,
-    )
+    modules = f"{path / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    ended = launch("tests.cpu.watching", path, timeout_s=LAUNCH_TIMEOUT_S, PYTHONPATH=modules, WANDB_API_KEY=SECRET)
     (path / "log").write_text(ended.stderr)
     (path / "code").write_text(str(ended.returncode))
-    assert (path / "trained").exists(), ended.stderr[-5000:]
+    if not (path / "trained").exists():
+        ended_well(ended)
     return path
 
 
