@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_octo.errors import OctoError
+from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.platform.process import run_launcher
 
 
@@ -17,13 +17,14 @@ def run_ranks(command: Sequence[str], num_ranks: int) -> None:
     output is this process's; SIGTERM and SIGUSR1 to this process are for them.
 
     Raises:
-        OctoError: a rank failed; its own message is above.
+        BadInput: a rank refused its input, by its exit code; its own message is above.
+        OctoError: a rank failed otherwise.
         KeyboardInterrupt: interrupted; the ranks have ended.
     """
     argv = [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "megatron_octo.launch.ranks",
         "--standalone",
         f"--nproc-per-node={num_ranks}",
         "-m",
@@ -36,7 +37,8 @@ def run_ranks(command: Sequence[str], num_ranks: int) -> None:
     }
     code = run_launcher(argv, env=env)
     if code != 0:
-        raise OctoError(
+        kind = BadInput if code == BadInput.exit_code else OctoError
+        raise kind(
             f"{num_ranks} ranks of `octo {' '.join(command)}` ended with exit code {code}",
             fix="the first rank's message above says why; running it again goes on from the last save",
         )

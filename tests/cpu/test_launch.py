@@ -111,7 +111,7 @@ def test_a_launch_that_is_asked_to_end_saves_and_ends_well(recipe, signum):
 def test_torchrun_is_refused_a_run_that_another_process_owns(recipe):
     run = rundir.run_folder("run")
     with rundir.lock(run):
-        before, torchrun = snapshot(run), [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        before, torchrun = snapshot(run), [sys.executable, "-m", "megatron_octo.launch.ranks", "--standalone"]
         done = subprocess.run(
             [*torchrun, "--nproc-per-node=2", "-m", "megatron_octo", "train", str(recipe)],
             cwd=REPOSITORY,
@@ -121,5 +121,5 @@ def test_torchrun_is_refused_a_run_that_another_process_owns(recipe):
             check=False,
         )
         assert snapshot(run) == before
-    assert done.returncode != 0
+    assert done.returncode == 2, "a rank's own exit code"
     assert f"{run} is owned by process {os.getpid()}" in done.stderr
