@@ -116,10 +116,9 @@ def append_metrics(path: Path, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def add_to_step(path: Path, values: Row) -> None:
-    """Add values to the row of their step, if it is there."""
-    rows = read_metrics(path)
-    write_metrics(path, [{**row, **values} if row["step"] == values["step"] else row for row in rows])
+def joined(rows: Iterable[Row], scores: Row) -> list[Row]:
+    """The rows, with scores in that of their step, if it is there."""
+    return [{**row, **scores} if row["step"] == scores["step"] else row for row in rows]
 
 
 def fill_gaps(rows: Iterable[Row], events: Mapping[int, Row], num_steps: int) -> list[Row]:

@@ -114,7 +114,7 @@ def check_devices(config: RLConfig, *, cuda: bool) -> None:
         )
     if not cuda and config.precision == "fp16":
         raise BadInput(
-            "precision fp16 without a GPU: DeepSpeed has no fp16 on a CPU",
+            "precision fp16 without a GPU: DeepSpeed refuses it on most CPUs, and nobody tried the others",
             fix="--precision bf16, or run it on a GPU",
         )
 

@@ -162,7 +162,8 @@ class Watch:
             self._check(row)
         scores = collect.parse_validation(text)
         if scores is not None:
-            collect.add_to_step(self.config.output / collect.METRICS, scores)
+            path = self.config.output / collect.METRICS
+            collect.write_metrics(path, collect.joined(collect.read_metrics(path), scores))
             log.info("%s", validation_line(scores))
 
     def _check(self, row: collect.Row) -> None:

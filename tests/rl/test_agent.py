@@ -74,7 +74,8 @@ def test_openrlhf_knows_the_class(config: RLConfig, openrlhf_agent: Any) -> None
 def test_a_response_is_graded_and_its_tokens_are_those_that_vllm_gave(config: RLConfig) -> None:
     out, _, _ = sample(config, "So \\boxed{5}.")
     assert (out["reward"], out["scores"], out["truncated"]) == (1.0, 1.0, False)
-    assert out["extra_logs"] == {"acc": 1.0, "boxed": 1.0, "repetition": 0.0, "reward_error": 0.0}
+    logs = {"acc": 1.0, "boxed": 1.0, "repetition": 0.0, "reward_error": 0.0}
+    assert out["extra_logs"].items() >= logs.items()
     (start, end), ids = out["action_ranges"][0], out["observation_tokens"]
     assert (start, ids[start:end]) == (len(PROMPT), [*map(ord, "So \\boxed{5}."), 0])
 

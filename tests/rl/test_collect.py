@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_octo.rl.collect import (
-    add_to_step,
     append_metrics,
     fill_gaps,
+    joined,
     parse_step,
     parse_validation,
     read_events,
@@ -67,11 +67,10 @@ def test_a_validation_line_becomes_the_scores_of_its_step() -> None:
     assert parse_validation(LINE) is None and parse_step(VALIDATION) is None
 
 
-def test_scores_join_the_row_of_their_step(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    write_metrics(path, [{"step": 2, "rl/accuracy": 0.1}, {"step": 3, "rl/accuracy": 0.2}])
-    add_to_step(path, {"step": 3, **SCORES})
-    assert read_metrics(path) == [{"step": 2, "rl/accuracy": 0.1}, {"step": 3, "rl/accuracy": 0.2, **SCORES}]
+def test_scores_join_the_row_of_their_step() -> None:
+    rows = [{"step": 2, "rl/accuracy": 0.1}, {"step": 3, "rl/accuracy": 0.2}]
+    assert joined(rows, {"step": 3, **SCORES}) == [rows[0], {**rows[1], **SCORES}]
+    assert joined(rows, {"step": 4, **SCORES}) == rows
 
 
 def test_scores_are_in_the_event_files_too(tmp_path: Path) -> None:
