@@ -99,7 +99,7 @@ def choose_prompts(config: RLConfig) -> tuple[PromptPlan, PromptReport]:
     """The prompts of the run, in their order, and what was left out. Reads the files and the model's tokenizer.
 
     Raises:
-        BadInput: see `read_prompts`, `plan_prompts`, `read_validation`.
+        BadInput: see `read_prompts`, `plan_prompts`, `read_validation`; or nothing is left of a validation set.
     """
     found = read_prompts(config, config.template)
     overlaps = Overlaps.read(config.decontaminate_against)
@@ -108,6 +108,13 @@ def choose_prompts(config: RLConfig) -> tuple[PromptPlan, PromptReport]:
     short = _short(clean, config.model, config.max_prompt_tokens)
     asked = read_validation(config)
     short_asked = _short(asked, config.model, config.validation.max_prompt_tokens)
+    unasked = {each.name for each in config.validation.sets} - {each.datasource for each in short_asked}
+    if unasked:
+        raise BadInput(
+            f"no problem of the validation sets {', '.join(sorted(unasked))} has at most "
+            f"{config.validation.max_prompt_tokens} tokens",
+            fix="raise validation.max_prompt_tokens, or leave them out",
+        )
     report = PromptReport(
         distinct=len(found),
         too_long=len(clean) - len(short),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,8 @@ def test_validation_problems_are_marked_and_long_ones_counted(config: RLConfig, 
     assert (report.validation, report.validation_too_long) == (1, 1)
     assert "for validation 1, without 1 longer than 30 tokens" in report.describe(asked)
     assert "for validation" not in choose_prompts(config)[1].describe(config)
+    with pytest.raises(BadInput, match="no problem of the validation sets AMC has at most 9 tokens"):
+        choose_prompts(replace(asked, validation=replace(asked.validation, max_prompt_tokens=9)))
 
 
 def test_a_problem_in_two_validation_sets_is_refused(config: RLConfig, replaced: Replaced) -> None:
