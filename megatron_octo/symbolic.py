@@ -79,7 +79,7 @@ def _engine(pid: int) -> Engine:  # of a process: a fork must not talk to its pa
 
 
 def _start(cpu_seconds: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-P", __file__, str(cpu_seconds)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -87,6 +87,9 @@ def _start(cpu_seconds: float) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,  # an interrupt from the keyboard is for the parent, whose end is the end of our input
     )
+    assert process.stdout is not None
+    process.stdout.readline()  # its imports, a minute on a machine that is busy enough, are no part of a comparison
+    return process
 
 
 def main(cpu_seconds: float) -> None:
@@ -106,6 +109,8 @@ def main(cpu_seconds: float) -> None:
     def imaginary(expression: Basic) -> dict[Basic, Basic]:
         return {symbol: I for symbol in expression.free_symbols if str(symbol) == "i"}
 
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:

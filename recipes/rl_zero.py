@@ -4,7 +4,8 @@ Where the numbers come from (arXiv 2506.20512 and its public code):
 
   stated    128 prompts x 16 responses a rollout step, two updates on them, rate 1e-6 constant, KL 0, temperature 1;
             responses of up to 4,096 tokens; for the long branch 2,048, 4,096 after 200 updates, 8,192 after 320: after
-            100 and 160 rollout steps; 400 updates, so 200 rollout steps, in most figures
+            100 and 160 rollout steps; 400 updates, so 200 rollout steps, in most figures; a response ends at "User:",
+            "Assistant:", "Question:" or "Answer:"
   inferred  that MATH8K is SimpleRL's set of 8,523 problems; the complex template for long and hybrid, whose released
             scripts have it, and the simple one elsewhere
   ours      the schedule and the length of 1B and 8B, for which no script was released; when to save; the layout

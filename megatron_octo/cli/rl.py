@@ -23,6 +23,8 @@ ABOUT = (
 )
 
 
+log = console.logger(__name__)
+
 KINDS: tuple[type[RLConfig | PipelineConfig], ...] = (RLConfig, PipelineConfig)
 OWN_FLAGS = ("--dry-run", "--json")
 
@@ -72,17 +74,19 @@ def _configs(specs: Sequence[str], overrides: Sequence[str]) -> list[RLConfig]:
 
 
 def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
-    """Show the command line of each run as this machine would start it. Prompts and model may not be there yet."""
-    from megatron_octo.rl import prompts
+    """Show the command line of each run as this machine would start it, and check what is there already."""
     from megatron_octo.rl.command import check_command, command
-    from megatron_octo.rl.run import has_gpu
+    from megatron_octo.rl.preflight import check_files, check_machine, has_gpu
 
     shown: list[dict[str, Any]] = []
     cuda = has_gpu()
     for config in configs:
-        passes = 1
-        if config.prompts.exists() and config.model.exists():
-            passes = prompts.choose_prompts(config)[0].num_episodes
+        check_machine(config, cuda=cuda)
+        files = (config.model, config.prompts, *(each.prompts for each in config.validation.sets))
+        missing = [str(path) for path in files if not path.exists()]
+        if missing:
+            log.warning("%s: not there yet, so model and prompts are not checked: %s", config.name, ", ".join(missing))
+        passes = 1 if missing else check_files(config, cuda=cuda)[0].num_episodes
         state = "done" if rundir.is_done(config.output) else "to run"
         for stage in config.stages:
             arguments = command(config, stage=stage, num_episodes=passes, cuda=cuda)

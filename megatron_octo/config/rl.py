@@ -29,6 +29,75 @@ class LengthStage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RewardTerms(Settings):
+    """What is added to +1 for a right answer and -1 for any other; the paper adds nothing."""
+
+    format: float = 0.0
+    r"""Added where the response has an answer in `\boxed{}`, taken off where it has none."""
+    repetition: float = 0.0
+    """Taken off times the share of the response's n-grams that occurred in it before."""
+    repetition_ngram: int = 20
+    """Words and signs in an n-gram."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "reward.", "repetition_ngram")
+        for name in ("format", "repetition"):
+            value = getattr(self, name)
+            require(value >= 0, f"reward.{name} {value} is below 0", fix="give 0, which leaves the term out, or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationSet(Settings):
+    """Problems that are never trained on."""
+
+    name: str
+    """Names its metrics: `valid/NAME/accuracy`."""
+    prompts: Path
+    """As `RLConfig.prompts`; they get the same template."""
+    question_column: str = "input"
+    """Where a record has its problem."""
+    answer_column: str = "label"
+    """Where it has its answer."""
+
+    def __post_init__(self) -> None:
+        require_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig(Settings):
+    """What the policy is asked now and then while it trains. Defaults are the paper's; the length is ours."""
+
+    sets: tuple[ValidationSet, ...] = ()
+    """Empty: no validation."""
+    every_steps: int = 4
+    """Rollout steps between validations."""
+    samples_per_prompt: int = 1
+    """Responses to each problem; the accuracy is their mean."""
+    temperature: float = 0.0
+    """0 is greedy, with one sample."""
+    max_prompt_tokens: int = 1024
+    """Longer problems are left out, and counted."""
+    max_response_tokens: int = 4096
+    """Longest response, tokens, at every step: under a length schedule scores must not jump at its borders."""
+
+    def __post_init__(self) -> None:
+        counts = ("every_steps", "samples_per_prompt", "max_prompt_tokens", "max_response_tokens")
+        require_positive(self, "validation.", *counts)
+        require(
+            self.temperature > 0 or self.samples_per_prompt == 1,
+            f"validation.samples_per_prompt {self.samples_per_prompt} at temperature 0 would be the same response "
+            "again and again",
+            fix="raise validation.temperature or ask for one sample",
+        )
+        names = [each.name for each in self.sets]
+        require(
+            len(set(names)) == len(names),
+            f"validation.sets are called {', '.join(names)}",
+            fix="give each a name of its own",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RLConfig(Settings):
     """GRPO on verifiable problems. Defaults are the paper's (section 2.1) unless a field says otherwise."""
 
@@ -66,6 +135,15 @@ class RLConfig(Settings):
     """Weight of the KL penalty; 0 runs without a reference model."""
     temperature: float = 1.0
     """Sampling temperature of the rollouts."""
+    stop: tuple[str, ...] = ("User:", "Assistant:", "Question:", "Answer:")
+    """A response ends after the first of these, which stays in it: a base model would write the next problem itself."""
+    reward: RewardTerms = RewardTerms()
+    """What else than the right answer is worth something."""
+    validation: ValidationConfig = ValidationConfig()
+    """Problems asked while it trains."""
+    precision: Literal["bf16", "fp16"] = "bf16"
+    """Format of weights and activations, in training and in vLLM; the optimizer's copy is fp32. fp16 has eight times
+    bf16's resolution, which brings vLLM's log-probabilities closer to the trainer's, and needs a GPU."""
     max_prompt_tokens: int = 400
     """Longer prompts are left out, and counted (OpenRLHF would cut them from the left)."""
     max_response_tokens: int = 4096
@@ -103,6 +181,12 @@ class RLConfig(Settings):
             f"samples do not divide by updates_per_step {self.updates_per_step}",
             fix="choose updates_per_step among the divisors",
         )
+        require(all(self.stop), f"stop {self.stop} has an empty text", fix="leave it out: every response has it")
+        require(
+            not self.validation.sets or self.validation.every_steps <= self.num_steps,
+            f"validation.every_steps {self.validation.every_steps} is beyond num_steps {self.num_steps}",
+            fix="validate more often, or name no validation.sets",
+        )
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -124,3 +208,13 @@ class RLConfig(Settings):
         ends = [*(stage.after_step for stage in self.longer_responses), self.num_steps]
         lengths = [self.max_response_tokens, *(stage.max_response_tokens for stage in self.longer_responses)]
         return tuple(LengthStage(end=end, max_response_tokens=n) for end, n in zip(ends, lengths, strict=True))
+
+    def sequence_tokens(self, stage: LengthStage) -> int:
+        """Room for the longest prompt and response of a stage, validation's too."""
+        asked = self.validation
+        rollout = self.max_prompt_tokens + stage.max_response_tokens
+        return max(rollout, asked.max_prompt_tokens + asked.max_response_tokens) if asked.sets else rollout
+
+    def validates_at(self, step: int) -> bool:
+        """Whether validation follows a step."""
+        return bool(self.validation.sets) and step % self.validation.every_steps == 0

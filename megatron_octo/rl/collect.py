@@ -18,11 +18,19 @@ from megatron_octo import rundir
 
 METRICS = "metrics.jsonl"
 STEP_LINE = re.compile(r"Global step (\d+): (\{.*\})")
+VALIDATION_LINE = re.compile(r"Evaluation completed in .*, global_step (\d+), eval_metrics: (\{.*\})")
+VALIDATION_NAME = re.compile(r"eval_(.+)_(pass1|response_length_mean|truncated_rate)")
+VALIDATION_NAMES = {
+    "pass1": "accuracy",
+    "response_length_mean": "response_length_mean",
+    "truncated_rate": "truncated_share",
+}
 # OpenRLHF's name -> ours. Rollout values come before the samples are cut into training packs.
 NAMES = {
     "rollout/reward_mean": "rl/reward_mean",
     "acc": "rl/accuracy",
     "boxed": "rl/boxed_share",
+    "repetition": "rl/repetition_share",
     "reward_error": "rl/reward_error_share",
     "rollout/response_length_mean": "rl/response_length_mean",
     "rollout/truncated_rate": "rl/truncated_share",
@@ -42,7 +50,16 @@ Row = dict[str, float]
 
 def parse_step(line: str) -> Row | None:
     """The metrics of a step that a log line reports, None for any other line."""
-    match = STEP_LINE.search(line)
+    return _parse(STEP_LINE, line)
+
+
+def parse_validation(line: str) -> Row | None:
+    """The scores of a step's validation that a log line reports, None for any other line."""
+    return _parse(VALIDATION_LINE, line)
+
+
+def _parse(pattern: re.Pattern[str], line: str) -> Row | None:
+    match = pattern.search(line)
     if match is None:
         return None
     values = ast.literal_eval(re.sub(r"(?<= )(nan|-?inf)\b", r"'\1'", match[2]))
@@ -52,6 +69,9 @@ def parse_step(line: str) -> Row | None:
 def rename(values: Mapping[str, Any]) -> Row:
     """OpenRLHF's values under our names; what has no name of ours, or is no finite number, is left out."""
     found = {ours: float(values[theirs]) for theirs, ours in NAMES.items() if values.get(theirs) is not None}
+    for theirs, value in values.items():
+        if match := VALIDATION_NAME.fullmatch(theirs):
+            found[f"valid/{match[1]}/{VALIDATION_NAMES[match[2]]}"] = float(value)
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
@@ -66,7 +86,7 @@ def read_events(folder: Path) -> dict[int, Row]:
         for tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):
                 values = latest.setdefault(event.step, {})
-                name = tag.removeprefix("train/")
+                name = tag.removeprefix("train/").removeprefix("eval/")
                 values[name] = max(values.get(name, (-math.inf, 0.0)), (event.wall_time, event.value))
     return {
         step: {"step": step, **rename({name: value for name, (_, value) in values.items()})}
@@ -94,6 +114,11 @@ def append_metrics(path: Path, row: Row) -> None:
     """Add a step."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def joined(rows: Iterable[Row], scores: Row) -> list[Row]:
+    """The rows, with scores in that of their step, if it is there."""
+    return [{**row, **scores} if row["step"] == scores["step"] else row for row in rows]
 
 
 def fill_gaps(rows: Iterable[Row], events: Mapping[int, Row], num_steps: int) -> list[Row]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from megatron_octo.config.rl import LengthStage, RLConfig
 from megatron_octo.errors import BadInput, OctoError
 
-PROMPTS, CHECKPOINTS, FINAL, TENSORBOARD = "prompts.jsonl", "openrlhf", "openrlhf/final", "tensorboard"
+PROMPTS, VALIDATION, TENSORBOARD = "prompts.jsonl", "validation.jsonl", "tensorboard"
+CHECKPOINTS, FINAL, AGENT = "openrlhf", "openrlhf/final", "openrlhf/agent.py"
 KEPT_CHECKPOINTS = 2  # OpenRLHF deletes the oldest before it writes the next: with 1 there would be none meanwhile
 GPU_MEMORY_SHARE = 0.6  # of a device, for vLLM; the rest is training's
 CHECK_TIMEOUT_S = 120
@@ -31,11 +32,11 @@ def command(config: RLConfig, *, stage: LengthStage, num_episodes: int, cuda: bo
     samples = config.prompts_per_step * config.samples_per_prompt
     flags: dict[str, object] = {
         "actor.model_name_or_path": config.model.resolve(),
-        "reward.remote_url": PACKAGE / "rl" / "reward.py",
+        "train.agent_func_path": output / AGENT,  # stop strings, validation's length, the reward
         "data.prompt_dataset": output / PROMPTS,
         "data.input_key": "input",
         "data.label_key": "label",
-        "data.max_len": config.max_prompt_tokens + stage.max_response_tokens,
+        "data.max_len": config.sequence_tokens(stage),
         # GRPO on outcome rewards, one pass over each rollout
         "algo.advantage.estimator": "group_norm",
         "algo.kl.init_coef": config.kl_coefficient,
@@ -61,7 +62,7 @@ def command(config: RLConfig, *, stage: LengthStage, num_episodes: int, cuda: bo
         "vllm.tensor_parallel_size": 1,
         "train.colocate_all": True,
         "ds.zero_stage": config.zero_stage,
-        "ds.param_dtype": "bf16",
+        "ds.param_dtype": config.precision,
         "ds.packing_samples": True,
         "train.dynamic_batch_enable": True,
         "train.max_tokens_per_gpu": config.max_tokens_per_gpu,
@@ -74,6 +75,14 @@ def command(config: RLConfig, *, stage: LengthStage, num_episodes: int, cuda: bo
         "logger.tensorboard_dir": output / TENSORBOARD,
         "logger.wandb.run_name": config.name,
     }
+    if config.validation.sets:
+        flags |= {
+            "eval.dataset": output / VALIDATION,
+            "eval.steps": config.validation.every_steps,
+            "eval.temperature": config.validation.temperature,
+            "eval.n_samples_per_prompt": config.validation.samples_per_prompt,
+            "ckpt.best_metric_key": "none",  # its checkpoint of the best is one that a run would go on from
+        }
     if config.kl_coefficient > 0:
         flags |= {
             "ref.num_nodes": 1,

@@ -1,7 +1,7 @@
 """The prompts of an RL run: read, put into a template, checked, and cut to exactly what its steps use.
 
 OpenRLHF has no number of steps: it goes through its prompt file a number of times. So each run gets
-a file of its own that holds whole steps, and a number of passes.
+a file of its own that holds whole steps, and a number of passes. Validation's problems are all asked each time.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_octo import rundir
-from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.rl import RLConfig, ValidationSet
 from megatron_octo.data.read import input_files, pieces, record_name, records
 from megatron_octo.data.templates import BadRecord, look_up
 from megatron_octo.errors import BadInput
 from megatron_octo.grading import extract_answer
+from megatron_octo.rl.agent import VALIDATION
 from megatron_octo.rl.decontaminate import Overlaps
 
 REPORT = "prompts.json"
@@ -46,6 +47,18 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class ValidationPrompt:
+    """One line of a run's validation file."""
+
+    input: str
+    """The prompt, template applied."""
+    label: dict[str, str]
+    """The right answer, marked as validation's."""
+    datasource: str
+    """Its set; OpenRLHF counts each by itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class PromptPlan:
     """Which prompts a run uses, and how often."""
 
@@ -53,6 +66,8 @@ class PromptPlan:
     """Whole steps."""
     num_episodes: int
     """Passes over them."""
+    validation: tuple[ValidationPrompt, ...] = ()
+    """Asked at every validation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,14 +78,20 @@ class PromptReport:
     too_long: int
     contaminated: tuple[dict[str, str], ...]
     """Of each: the problem, the evaluation set, and the words that they share."""
+    validation: int = 0
+    validation_too_long: int = 0
 
     def describe(self, config: RLConfig) -> str:
         """A line for the log."""
         left = self.distinct - self.too_long - len(self.contaminated)
+        asked = (
+            f"; for validation {self.validation:,}, without {self.validation_too_long:,} longer than "
+            f"{config.validation.max_prompt_tokens} tokens"
+        )
         return (
             f"{self.distinct:,} distinct prompts in {config.prompts}; left out: {self.too_long:,} longer than "
             f"{config.max_prompt_tokens} tokens, {len(self.contaminated):,} that share words with evaluation sets; "
-            f"{left:,} remain"
+            f"{left:,} remain{asked if config.validation.sets else ''}"
         )
 
 
@@ -78,30 +99,61 @@ def choose_prompts(config: RLConfig) -> tuple[PromptPlan, PromptReport]:
     """The prompts of the run, in their order, and what was left out. Reads the files and the model's tokenizer.
 
     Raises:
-        BadInput: see `read_prompts`, `plan_prompts`; or the tokenizer does not give a prompt back.
+        BadInput: see `read_prompts`, `plan_prompts`, `read_validation`; or nothing is left of a validation set.
     """
-    found = read_prompts(config)
+    found = read_prompts(config, config.template)
     overlaps = Overlaps.read(config.decontaminate_against)
     contaminated = {prompt: hit for prompt in found if (hit := overlaps.find(prompt.input)) is not None}
     clean = [prompt for prompt in found if prompt not in contaminated]
-    short = _short_prompts(clean, config)
+    short = _short(clean, config.model, config.max_prompt_tokens)
+    asked = read_validation(config)
+    short_asked = _short(asked, config.model, config.validation.max_prompt_tokens)
+    unasked = {each.name for each in config.validation.sets} - {each.datasource for each in short_asked}
+    if unasked:
+        raise BadInput(
+            f"no problem of the validation sets {', '.join(sorted(unasked))} has at most "
+            f"{config.validation.max_prompt_tokens} tokens",
+            fix="raise validation.max_prompt_tokens, or leave them out",
+        )
     report = PromptReport(
         distinct=len(found),
         too_long=len(clean) - len(short),
         contaminated=tuple({"prompt": each.input, **asdict(hit)} for each, hit in contaminated.items()),
+        validation=len(short_asked),
+        validation_too_long=len(asked) - len(short_asked),
     )
-    return plan_prompts(short, config), report
+    return replace(plan_prompts(short, config), validation=tuple(short_asked)), report
 
 
-def read_prompts(config: RLConfig) -> list[Prompt]:
-    """The distinct prompts of `config.prompts`, in its order.
+def read_validation(config: RLConfig) -> list[ValidationPrompt]:
+    """The problems of all validation sets.
+
+    Raises:
+        BadInput: see `read_prompts`; or two sets share a prompt.
+    """
+    owners: dict[str, str] = {}
+    found = []
+    for each in config.validation.sets:
+        for prompt in read_prompts(each, config.template):
+            if owners.setdefault(prompt.input, each.name) != each.name:
+                raise BadInput(
+                    f"validation sets {owners[prompt.input]} and {each.name} share the prompt {prompt.input[:60]!r}: "
+                    "OpenRLHF would count it in one of them only",
+                    fix="take it out of one of them",
+                )
+            found.append(ValidationPrompt(prompt.input, {VALIDATION: prompt.label}, each.name))
+    return found
+
+
+def read_prompts(source: RLConfig | ValidationSet, template: str) -> list[Prompt]:
+    """The distinct prompts of `source.prompts`, in its order.
 
     Raises:
         BadInput: a file is missing or damaged, a record lacks its problem or its answer, or a problem occurs with two
             answers.
     """
     labels: dict[str, str] = {}
-    for prompt, where in _prompts(config):
+    for prompt, where in _prompts(source, TEMPLATES[template]):
         if labels.setdefault(prompt.input, prompt.label) != prompt.label:
             raise BadInput(
                 f"{where}: the prompt {prompt.input[:60]!r} has two labels, {labels[prompt.input]!r} and "
@@ -111,32 +163,31 @@ def read_prompts(config: RLConfig) -> list[Prompt]:
     return [Prompt(text, label) for text, label in labels.items()]
 
 
-def _prompts(config: RLConfig) -> Iterator[tuple[Prompt, str]]:
-    template = TEMPLATES[config.template]
-    for file in input_files(config.prompts):
+def _prompts(source: RLConfig | ValidationSet, template: str) -> Iterator[tuple[Prompt, str]]:
+    for file in input_files(source.prompts):
         for piece in pieces(file):
             for number, record in records(piece):
                 where = f"{file}, {record_name(file)} {number}"
-                yield Prompt(template.format(_question(record, config, where)), _label(record, config, where)), where
+                yield Prompt(template.format(_question(record, source, where)), _label(record, source, where)), where
 
 
-def _question(record: object, config: RLConfig, where: str) -> str:
-    question = _field(record, config.question_column, where)
+def _question(record: object, source: RLConfig | ValidationSet, where: str) -> str:
+    question = _field(record, source.question_column, where)
     if not isinstance(question, str) or not question.strip():
         raise BadInput(
-            f"{where}: {config.question_column} is {question!r}, not a text",
+            f"{where}: {source.question_column} is {question!r}, not a text",
             fix="correct the record, or name another column (--question-column)",
         )
     return question
 
 
-def _label(record: object, config: RLConfig, where: str) -> str:
-    answer = _field(record, config.answer_column, where)
+def _label(record: object, source: RLConfig | ValidationSet, where: str) -> str:
+    answer = _field(record, source.answer_column, where)
     text = str(answer) if isinstance(answer, int | float | str) and not isinstance(answer, bool) else ""
     label = text.rpartition("####")[2] if "####" in text else extract_answer(text) or text
     if not label.strip():
         raise BadInput(
-            f"{where}: {config.answer_column} is {answer!r}, not an answer",
+            f"{where}: {source.answer_column} is {answer!r}, not an answer",
             fix="correct the record, or name another column (--answer-column)",
         )
     return label.strip()
@@ -152,26 +203,15 @@ def _field(record: object, column: str, where: str) -> object:
         raise BadInput(f"{where}: {error}", fix=fix) from None
 
 
-def _short_prompts(prompts: Sequence[Prompt], config: RLConfig) -> list[Prompt]:
-    """Those of at most `max_prompt_tokens`.
-
-    Raises:
-        BadInput: the model's tokenizer does not give a text back: the reward could not tell prompt and response apart.
-    """
+def _short[P: (Prompt, ValidationPrompt)](prompts: Sequence[P], model: Path, most_tokens: int) -> list[P]:
+    """Those of at most so many tokens of the model."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(config.model / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     encoded = tokenizer.encode_batch([prompt.input for prompt in prompts], add_special_tokens=False)
-    ids = [each.ids for each in encoded]
-    for prompt, text in zip(prompts, tokenizer.decode_batch(ids, skip_special_tokens=False), strict=True):
-        if prompt.input not in text:
-            raise BadInput(
-                f"the tokenizer in {config.model} gives the prompt {prompt.input[:60]!r} back as {text[:60]!r}",
-                fix="use a tokenizer that keeps every character, or change the prompt",
-            )
-    return [prompt for prompt, each in zip(prompts, ids, strict=True) if len(each) <= config.max_prompt_tokens]
+    return [prompt for prompt, each in zip(prompts, encoded, strict=True) if len(each.ids) <= most_tokens]
 
 
 def plan_prompts(prompts: Sequence[Prompt], config: RLConfig) -> PromptPlan:
@@ -201,6 +241,6 @@ def plan_prompts(prompts: Sequence[Prompt], config: RLConfig) -> PromptPlan:
     return PromptPlan(tuple(shuffled[: steps_a_pass * each]), num_episodes=passes)
 
 
-def write_prompts(path: Path, plan: PromptPlan) -> None:
-    """Write the chosen prompts as JSON lines."""
-    rundir.write_atomic(path, "".join(json.dumps(asdict(prompt)) + "\n" for prompt in plan.prompts))
+def write_prompts(path: Path, prompts: Sequence[Prompt | ValidationPrompt]) -> None:
+    """Write prompts as JSON lines."""
+    rundir.write_atomic(path, "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts))

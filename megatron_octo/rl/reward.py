@@ -1,51 +1,59 @@
-"""OpenRLHF's reward file (`--reward.remote_url`): +1 for the right final answer, -1 for anything else.
-
-OpenRLHF loads it by path inside its rollout process and calls it once a sample, from a thread. It
-swallows an exception with one log line and goes on without a reward, so nothing here raises: a
-failure of ours scores as a wrong answer and shows up as `reward_error` in the metrics.
-"""
+"""What a response is worth: +1 for the right final answer, -1 for any other, and the terms that the settings add."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from dataclasses import dataclass
 
+from megatron_octo.config.rl import RewardTerms
 from megatron_octo.grading import grade
 
 RIGHT, WRONG = 1.0, -1.0
-_CONTROL_TOKENS = re.compile(r"<\|[^<>|]{1,40}\|>|</?s>|<pad>|<unk>")
+_SIGNS = re.compile(r"\w+|[^\w\s]")
 
 
-def reward_func(queries: list[str], prompts: list[str], labels: list[str], **_: Any) -> dict[str, Any]:
-    """Grade responses.
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """What a response is worth, and why."""
 
-    `queries` are prompts with their responses, control tokens in them; each result has one value a query.
-    `scores` and the log `acc` are 1 or 0 (right), `boxed` says whether there is a final answer at all.
-    """
-    import torch
+    value: float
+    correct: bool
+    boxed: bool
+    """Whether it has a final answer at all."""
+    repetition: float
+    """Share of its n-grams that occurred in it before."""
+    failed: bool = False
+    """The grading itself broke; the response then counts as wrong."""
 
-    graded = [_grade(query, prompt, label) for query, prompt, label in zip(queries, prompts, labels, strict=True)]
-    right, boxed, error = (torch.tensor(column, dtype=torch.float32) for column in zip(*graded, strict=True))
-    return {
-        "rewards": torch.where(right > 0, RIGHT, WRONG),
-        "scores": right,
-        "extra_logs": {"acc": right, "boxed": boxed, "reward_error": error},
-    }
+    def logs(self) -> dict[str, float]:
+        """What OpenRLHF averages over a step."""
+        return {
+            "acc": float(self.correct),
+            "boxed": float(self.boxed),
+            "repetition": self.repetition,
+            "reward_error": float(self.failed),
+        }
 
 
-def response_of(query: str, prompt: str) -> str | None:
-    """What follows the prompt in the query, without control tokens; None where the prompt is not in it."""
-    _, found, response = query.partition(prompt)
-    return _CONTROL_TOKENS.sub("", response) if found else None
+FAILED = Reward(WRONG, correct=False, boxed=False, repetition=0.0, failed=True)
 
 
-def _grade(query: str, prompt: str, label: str) -> tuple[float, float, float]:
-    """(right, boxed, error), each 0 or 1."""
+def reward(response: str, reference: str, terms: RewardTerms) -> Reward:
+    """Grade a response. Never raises: one that broke the grading must not end hours of work."""
     try:
-        response = response_of(query, prompt)
-        if response is None:
-            return 0.0, 0.0, 1.0
-        result = grade(response, str(label))
+        graded = grade(response, reference)
+        boxed = graded.answer is not None
+        repetition = repeated_share(response, terms.repetition_ngram)
+        value = RIGHT if graded.correct else WRONG
+        value += terms.format if boxed else -terms.format
+        value -= terms.repetition * repetition
+        return Reward(value, graded.correct, boxed, repetition, graded.failed)
     except Exception:
-        return 0.0, 0.0, 1.0
-    return float(result.correct), float(result.answer is not None), float(result.failed)
+        return FAILED
+
+
+def repeated_share(text: str, length: int) -> float:
+    """The share of a text's n-grams of `length` words and signs that occurred in it before; 0 in a shorter text."""
+    words = _SIGNS.findall(text)
+    ngrams = list(zip(*(words[start:] for start in range(length)), strict=False))
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -7,7 +7,6 @@ was killed goes on from its last checkpoint, with the prompts that it had not us
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import shutil
 import time
 from collections import deque
@@ -19,19 +18,17 @@ from typing import TextIO
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.rl import LengthStage, RLConfig
-from megatron_octo.data.tokenizer import check_vocabulary
-from megatron_octo.errors import BadInput, OctoError, VerificationError
+from megatron_octo.errors import OctoError, VerificationError
 from megatron_octo.lineage import Lineage
-from megatron_octo.rl import collect, prompts
+from megatron_octo.rl import agent, collect, prompts
 from megatron_octo.rl.cluster import Cluster, RunFailed, cluster, meaningful, require_linux
-from megatron_octo.rl.command import CHECKPOINTS, FINAL, PROMPTS, TENSORBOARD, check_command, command
+from megatron_octo.rl.command import AGENT, CHECKPOINTS, FINAL, PROMPTS, TENSORBOARD, VALIDATION, command
+from megatron_octo.rl.preflight import check, has_gpu
 
 LOG = "log/openrlhf.log"
 HF = "hf"
 LARGEST_VLLM_KL = 1e-3
 """Beyond it vLLM samples from other weights than those trained; with equal ones it is near 1e-4 in bf16."""
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 COPIED_FILES = ("generation_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja")
 
 log = console.logger(__name__)
@@ -65,16 +62,6 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
     return [config.output / HF for config in configs]
 
 
-def has_gpu() -> bool:
-    """Whether the driver of NVIDIA shows a GPU. Asked without torch, which would stay in memory during the run."""
-    count = ctypes.c_int()
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-
-
 def _skip(config: RLConfig) -> bool:
     rundir.check_free(config.output)
     rundir.check_config(
@@ -86,56 +73,6 @@ def _skip(config: RLConfig) -> bool:
     return False
 
 
-def check(config: RLConfig, *, cuda: bool) -> tuple[prompts.PromptPlan, prompts.PromptReport]:
-    """Check all that a run needs, and choose its prompts. Changes nothing.
-
-    Raises:
-        BadInput: something is missing or wrong.
-    """
-    check_model(config, cuda=cuda)
-    plan, report = prompts.choose_prompts(config)
-    check_command(command(config, stage=config.stages[-1], num_episodes=plan.num_episodes, cuda=cuda))
-    return plan, report
-
-
-def check_model(config: RLConfig, *, cuda: bool) -> None:
-    """Refuse a model folder that OpenRLHF or vLLM could not use.
-
-    Raises:
-        BadInput: a file is missing, the end-of-text token is, or the model's heads or positions do not fit.
-    """
-    missing = [name for name in MODEL_FILES if not (config.model / name).is_file()]
-    if not any(config.model.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    if missing:
-        raise BadInput(
-            f"model folder {config.model} lacks {', '.join(missing)}",
-            fix="give a whole Hugging Face folder; `octo convert to-hf` writes one",
-        )
-    if rundir.read_json(config.model / "generation_config.json").get("eos_token_id") is None:
-        raise BadInput(
-            f"{config.model}/generation_config.json has no eos_token_id: no response would ever end",
-            fix="write the tokenizer's end-of-text id into it",
-        )
-    check_vocabulary(config.model)
-    model = rundir.read_json(config.model / "config.json")
-    head = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
-    if not cuda and head not in CPU_HEAD_SIZES:
-        raise BadInput(
-            f"attention heads of {head} in {config.model}: vLLM on a CPU takes {', '.join(map(str, CPU_HEAD_SIZES))}",
-            fix="use a model with one of these head sizes, or a GPU",
-        )
-    positions = model.get("max_position_embeddings", 0)
-    longest = max(stage.max_response_tokens for stage in config.stages)
-    needed = config.max_prompt_tokens + longest
-    if needed > positions:
-        raise BadInput(
-            f"max_prompt_tokens {config.max_prompt_tokens} + max_response_tokens {longest} "
-            f"= {needed} is beyond the model's {positions} positions",
-            fix="lower one of them",
-        )
-
-
 def _run(
     config: RLConfig, plan: prompts.PromptPlan, report: prompts.PromptReport, engine: Cluster, *, cuda: bool
 ) -> bool:
@@ -144,7 +81,10 @@ def _run(
     with rundir.lock(output):
         rundir.claim(output, to_dict(config))
         began = time.monotonic()
-        prompts.write_prompts(output / PROMPTS, plan)
+        prompts.write_prompts(output / PROMPTS, plan.prompts)
+        if plan.validation:
+            prompts.write_prompts(output / VALIDATION, plan.validation)
+        rundir.write_atomic(output / AGENT, agent.FILE)
         rundir.write_json(output / prompts.REPORT, asdict(report))
         log.info("%s: %s", config.name, report.describe(config))
         done = _resume_from(output / CHECKPOINTS)
@@ -220,6 +160,11 @@ class Watch:
             collect.append_metrics(self.config.output / collect.METRICS, row)
             log.info("%s", step_line(row, self.config.num_steps))
             self._check(row)
+        scores = collect.parse_validation(text)
+        if scores is not None:
+            path = self.config.output / collect.METRICS
+            collect.write_metrics(path, collect.joined(collect.read_metrics(path), scores))
+            log.info("%s", validation_line(scores))
 
     def _check(self, row: collect.Row) -> None:
         if row.get("rl/reward_error_share", 0.0) > 0:
@@ -257,6 +202,12 @@ def step_line(row: collect.Row, num_steps: int) -> str:
     return "  ".join(parts)
 
 
+def validation_line(scores: collect.Row) -> str:
+    """A validation for the console."""
+    right = {name.split("/")[1]: value for name, value in scores.items() if name.endswith("/accuracy")}
+    return "  ".join([f"step {int(scores['step'])}", "validation", *(f"{name} {v:.1%}" for name, v in right.items())])
+
+
 def _resume_from(folder: Path) -> int:
     """The step of the last whole checkpoint, 0 for none. Removes torn ones, at which OpenRLHF would stumble.
 
@@ -275,7 +226,7 @@ def _resume_from(folder: Path) -> int:
 
 
 def _is_at_border(config: RLConfig, stage: LengthStage) -> bool:
-    """Whether the checkpoint at the end of a stage is there, and another stage follows.
+    """Whether the checkpoint at the end of a stage is there, with its validation, and another stage follows.
 
     Raises:
         VerificationError: a later one is there already: it was trained with the responses of the stage before.
@@ -288,7 +239,12 @@ def _is_at_border(config: RLConfig, stage: LengthStage) -> bool:
             f"{config.name}: step {saved} was saved before the run could be stopped at step {stage.end}",
             fix="save less often (save_every_steps), or put the border elsewhere; begin anew in another folder",
         )
-    return saved == stage.end
+    return saved == stage.end and (not config.validates_at(stage.end) or _is_validated(config, stage.end))
+
+
+def _is_validated(config: RLConfig, step: int) -> bool:
+    rows = collect.read_metrics(config.output / collect.METRICS)
+    return any(row["step"] == step and any(name.startswith("valid/") for name in row) for row in rows)
 
 
 def _latest_step(actor: Path) -> int:

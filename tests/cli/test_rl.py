@@ -22,7 +22,17 @@ def test_a_dry_run_prints_openrlhf_s_command_and_touches_nothing(octo: Octo, tmp
     assert words[:3] == ["python", "-m", "openrlhf.cli.train_ppo_ray"]
     assert words[words.index("--actor.adam.lr") + 1] == "0.0003"
     assert words[words.index("--rollout.max_new_tokens") + 1] == "112"
+    assert "not there yet, so model and prompts are not checked" in done.stderr
     assert snapshot(tmp_path) == before
+
+
+def test_a_dry_run_checks_what_is_there(octo: Octo, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "prompts.jsonl").touch()
+    files = ("--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"))
+    done = octo("rl", f"{MINIATURE}:rl_long", "--dry-run", *files)
+    assert done.returncode == 2
+    assert "lacks config.json" in done.stderr
 
 
 def test_a_pipeline_stands_for_all_its_rl_runs(octo: Octo) -> None:
@@ -45,6 +55,7 @@ def test_several_recipes_are_several_runs(octo: Octo) -> None:
         ((f"{MINIATURE}:rl_long", f"{MINIATURE}:rl_long"), "two runs would write to"),
         ((f"{MINIATURE}:rl_long", f"{MINIATURE}:rl_short", "--seed", "3"), "options for 2 recipes at once"),
         ((f"{MINIATURE}:rl_long",), "lacks config.json"),
+        ((f"{MINIATURE}:rl_long", "--precision", "fp16", "--dry-run"), "DeepSpeed refuses it on most CPUs"),
         ((f"{MINIATURE}:rl_long", "--lerning-rate", "3"), "lerning-rate"),
         ((), "RECIPE"),
     ],

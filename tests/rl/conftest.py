@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import math
+import struct
+import sys
+import types
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,9 +40,16 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def weights(shape: tuple[int, ...]) -> bytes:
+    """A safetensors file with one tensor of zeros in bf16."""
+    end = 2 * math.prod(shape)
+    header = json.dumps({"zeros": {"dtype": "BF16", "shape": shape, "data_offsets": [0, end]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(end)
+
+
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    """A folder with the files that a model has; its weights are no weights."""
+    """A folder with the files that a model has; its weights are a thousand zeros."""
     folder = tmp_path / "model"
     folder.mkdir()
     write_tokenizer(folder)
@@ -42,7 +57,7 @@ def model_folder(tmp_path: Path) -> Path:
         json.dumps({"max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 384})
     )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 256}))
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "model.safetensors").write_bytes(weights(shape=(100, 10)))
     return folder
 
 
@@ -73,3 +88,19 @@ def config(tmp_path: Path, model_folder: Path) -> RLConfig:
 def replaced(config: RLConfig):  # type: ignore[no-untyped-def]
     """The settings with some fields changed."""
     return lambda **fields: replace(config, **fields)
+
+
+@pytest.fixture
+def openrlhf_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """OpenRLHF's module that makes samples; its package's other modules (DeepSpeed) are not needed."""
+    pytest.importorskip("openrlhf", reason="openrlhf is not installed")
+    spec = importlib.util.find_spec("openrlhf")
+    assert spec is not None and spec.origin is not None
+    package: Any = types.ModuleType("openrlhf.utils")
+    package.__path__ = [str(Path(spec.origin).parent / "utils")]
+    before = set(sys.modules)
+    monkeypatch.setitem(sys.modules, "openrlhf.utils", package)
+    yield importlib.import_module("openrlhf.utils.agent")
+    for name in set(sys.modules) - before:
+        if name.startswith("openrlhf"):
+            del sys.modules[name]

@@ -6,16 +6,35 @@ from pathlib import Path
 
 import pytest
 
-from megatron_octo.rl.collect import append_metrics, fill_gaps, parse_step, read_events, read_metrics, write_metrics
+from megatron_octo.rl.collect import (
+    append_metrics,
+    fill_gaps,
+    joined,
+    parse_step,
+    parse_validation,
+    read_events,
+    read_metrics,
+    write_metrics,
+)
 
 LINE = (
     "(PPOTrainer pid=1) INFO 11-22 16:58:22 ppo_trainer.py:551] \u2728 Global step 3: {'acc': 0.25, 'boxed': 0.9, "
     "'vllm_kl': -0.0001, 'actor_grad_norm': nan, 'policy_loss': -inf, 'rollout/reward_mean': -0.5, "
     "'rollout/response_length_mean': 30.5, 'rollout/truncated_rate': 0.0, 'timing/step_total': 3.5, 'kl': 0.0}"
 )
+VALIDATION = (
+    "(PPOTrainer pid=1) INFO 11-22 16:58:23 ppo_trainer.py:598] \u2728 Evaluation completed in 0:00:01, global_step 3, "
+    "eval_metrics: {'eval_AMC_23_pass4': 0.5, 'eval_AMC_23_pass1': 0.25, 'eval_AMC_23_response_length_mean': 40.5, "
+    "'eval_AMC_23_truncated_rate': 0.125, 'eval_response_length_mean': 7.0, 'eval_num_samples': 160.0}"
+)
+SCORES = {
+    "valid/AMC_23/accuracy": 0.25,
+    "valid/AMC_23/response_length_mean": 40.5,
+    "valid/AMC_23/truncated_share": 0.125,
+}
 
 
-def write_events(folder: Path, events: list[tuple[int, float, dict[str, float]]]) -> None:
+def write_events(folder: Path, events: list[tuple[int, float, dict[str, float]]], kind: str = "train") -> None:
     """A TensorBoard file with (step, wall time, values)."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -24,7 +43,7 @@ def write_events(folder: Path, events: list[tuple[int, float, dict[str, float]]]
     writer = EventFileWriter(str(folder))
     for step, wall_time, values in events:
         summary = Summary(
-            value=[Summary.Value(tag=f"train/{name}", simple_value=value) for name, value in values.items()]
+            value=[Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in values.items()]
         )
         writer.add_event(Event(step=step, wall_time=wall_time, summary=summary))
     writer.close()
@@ -41,6 +60,23 @@ def test_a_step_line_becomes_metrics_under_our_names() -> None:
     assert row["rl/vllm_kl"] == -0.0001
     assert not {"optim/grad_norm", "rl/policy_loss"} & set(row)  # not finite
     assert "kl" not in row
+
+
+def test_a_validation_line_becomes_the_scores_of_its_step() -> None:
+    assert parse_validation(VALIDATION) == {"step": 3, **SCORES}
+    assert parse_validation(LINE) is None and parse_step(VALIDATION) is None
+
+
+def test_scores_join_the_row_of_their_step() -> None:
+    rows = [{"step": 2, "rl/accuracy": 0.1}, {"step": 3, "rl/accuracy": 0.2}]
+    assert joined(rows, {"step": 3, **SCORES}) == [rows[0], {**rows[1], **SCORES}]
+    assert joined(rows, {"step": 4, **SCORES}) == rows
+
+
+def test_scores_are_in_the_event_files_too(tmp_path: Path) -> None:
+    write_events(tmp_path / "run", [(3, 1.0, {"acc": 0.5})])
+    write_events(tmp_path / "run", [(3, 2.0, {"eval_toy_pass1": 0.75})], kind="eval")
+    assert read_events(tmp_path) == {3: {"step": 3, "rl/accuracy": 0.5, "valid/toy/accuracy": 0.75}}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_octo import rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.rl import RLConfig, ValidationConfig, ValidationSet
 from megatron_octo.rl.collect import read_metrics
 from megatron_octo.rl.run import LARGEST_VLLM_KL, has_gpu
 from tests.conftest import REPOSITORY
@@ -112,7 +112,23 @@ def killed(config: RLConfig) -> RLConfig:
     write_model(config.model)
     rows = [json.loads(line) for line in config.prompts.read_text().splitlines()]
     config.prompts.write_text("".join(json.dumps({**row, "label": "1"}) + "\n" for row in rows))
-    config = replace(config, num_steps=3, save_every_steps=1, learning_rate=LEARNING_RATE)
+    asked = config.prompts.with_name("asked.jsonl")
+    asked.write_text("".join(json.dumps({"input": f"Find {i}+2.\n", "label": "1"}) + "\n" for i in range(6)))
+    config = replace(
+        config,
+        num_steps=3,
+        save_every_steps=1,
+        learning_rate=LEARNING_RATE,
+        stop=("1}", "2}"),  # after any box
+        validation=ValidationConfig(
+            sets=(ValidationSet(name="toy", prompts=asked),),
+            every_steps=3,
+            samples_per_prompt=2,
+            temperature=1.0,
+            max_prompt_tokens=64,
+            max_response_tokens=2,
+        ),
+    )
     process = start(config)
     latest = config.output / "openrlhf/_actor/latest"
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -145,6 +161,12 @@ def test_a_killed_run_goes_on_with_the_next_prompts_and_vllm_always_has_the_trai
     assert all(abs(row["rl/vllm_kl"]) < LARGEST_VLLM_KL for row in rows)
     assert all(row["optim/grad_norm"] > 0 and row["rl/reward_error_share"] == 0 for row in rows)
     assert 0.2 < rows[0]["rl/accuracy"] < 0.8
+    # One token in five ends a box. Without stop strings one response in twenty would end before its 16 tokens.
+    assert rows[0]["rl/response_length_mean"] < 10 and rows[0]["rl/truncated_share"] < 0.4
+    assert ["valid/toy/accuracy" in row for row in rows] == [False, False, True]
+    assert 1 <= rows[2]["valid/toy/response_length_mean"] <= 2, "validation has its own length"
+    assert 0 <= rows[2]["valid/toy/accuracy"] <= 1
+    assert "validation  toy " in errors
     assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
 
     assert rundir.is_done(output) and rundir.is_done(output / "hf")

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_octo.config.rl import RLConfig
-from megatron_octo.errors import BadInput
-from megatron_octo.rl.prompts import TEMPLATES, Prompt, choose_prompts, plan_prompts, read_prompts, write_prompts
+from megatron_octo.config.rl import RLConfig, ValidationConfig, ValidationSet
+from megatron_octo.errors import BadInput, SettingsError
+from megatron_octo.rl.prompts import (
+    TEMPLATES,
+    Prompt,
+    ValidationPrompt,
+    choose_prompts,
+    plan_prompts,
+    read_prompts,
+    write_prompts,
+)
 
 Replaced = Callable[..., RLConfig]
 SHARED = "a train leaves the city at noon and travels north at sixty miles an hour"
@@ -32,17 +42,17 @@ GOOD = {"input": "first", "label": "1"}
 def test_a_bad_line_is_refused_with_its_number(line: str, said: str, config: RLConfig) -> None:
     config.prompts.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(BadInput, match=said):
-        read_prompts(config)
+        read_prompts(config, "none")
 
 
 def test_a_missing_file_is_refused(tmp_path: Path, replaced: Replaced) -> None:
     with pytest.raises(BadInput, match="no input file"):
-        read_prompts(replaced(prompts=tmp_path / "nowhere.jsonl"))
+        read_prompts(replaced(prompts=tmp_path / "nowhere.jsonl"), "none")
 
 
 def test_repeated_and_empty_lines_count_once_and_not_at_all(config: RLConfig) -> None:
     config.prompts.write_text(f'{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n{{"input": "b", "label": 2}}\n')
-    assert read_prompts(config) == [Prompt("first", "1"), Prompt("b", "2")]
+    assert read_prompts(config, "none") == [Prompt("first", "1"), Prompt("b", "2")]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +68,7 @@ def test_repeated_and_empty_lines_count_once_and_not_at_all(config: RLConfig) ->
 def test_answers_as_data_sets_write_them(answer: object, label: str, config: RLConfig, replaced: Replaced) -> None:
     config.prompts.write_text(json.dumps({"meta": {"problem": "1+1?"}, "solution": answer}) + "\n")
     named = replaced(question_column="meta.problem", answer_column="solution")
-    assert read_prompts(named) == [Prompt("1+1?", label)]
+    assert read_prompts(named, "none") == [Prompt("1+1?", label)]
 
 
 def test_problems_may_be_an_array_or_parquet(tmp_path: Path, config: RLConfig, replaced: Replaced) -> None:
@@ -69,12 +79,12 @@ def test_problems_may_be_an_array_or_parquet(tmp_path: Path, config: RLConfig, r
     (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     for name in ("p.json", "p.parquet"):
-        assert [each.label for each in read_prompts(replaced(prompts=tmp_path / name))] == ["0", "2", "4"]
+        assert [each.label for each in read_prompts(replaced(prompts=tmp_path / name), "none")] == ["0", "2", "4"]
 
 
 def test_templates_are_the_papers(config: RLConfig, replaced: Replaced) -> None:
     config.prompts.write_text('{"input": "Find {x}.", "label": "1"}\n')
-    texts = {name: read_prompts(replaced(template=name))[0].input for name in TEMPLATES}
+    texts = {name: read_prompts(config, name)[0].input for name in TEMPLATES}
     assert texts["none"] == "Find {x}."
     assert texts["simple"] == "Question:\nFind {x}.\nAnswer:\n"
     assert texts["user_assistant"] == "User:\nFind {x}.\nAssistant:\n"
@@ -113,19 +123,19 @@ def test_long_prompts_are_left_out_and_counted(config: RLConfig, replaced: Repla
 
 
 def test_one_pass_uses_exactly_the_prompts_of_the_steps(config: RLConfig) -> None:
-    plan = plan_prompts(read_prompts(config), config)
+    plan = plan_prompts(read_prompts(config, "none"), config)
     assert plan.num_episodes == 1
     assert len(set(plan.prompts)) == 8  # 2 steps x 4 prompts, of 20
 
 
 def test_the_seed_alone_chooses_prompts_and_their_order(config: RLConfig, replaced: Replaced) -> None:
-    prompts = read_prompts(config)
+    prompts = read_prompts(config, "none")
     assert plan_prompts(prompts, config) == plan_prompts(prompts, replaced(name="other", learning_rate=1.0))
     assert plan_prompts(prompts, config) != plan_prompts(prompts, replaced(seed=7))
 
 
 def test_more_steps_than_prompts_are_whole_passes(config: RLConfig, replaced: Replaced) -> None:
-    plan = plan_prompts(read_prompts(config), replaced(num_steps=15))
+    plan = plan_prompts(read_prompts(config, "none"), replaced(num_steps=15))
     assert (len(plan.prompts), plan.num_episodes) == (20, 3)
 
 
@@ -133,26 +143,57 @@ def test_steps_that_are_not_whole_passes_are_refused_with_the_nearest_that_are(
     config: RLConfig, replaced: Replaced
 ) -> None:
     with pytest.raises(BadInput) as refused:
-        plan_prompts(read_prompts(config), replaced(num_steps=12))
+        plan_prompts(read_prompts(config, "none"), replaced(num_steps=12))
     assert "20 usable prompts" in refused.value.what and "5 steps a pass" in refused.value.what
     assert "num_steps 10 or 15" in refused.value.fix and "48 prompts" in refused.value.fix
 
 
 def test_fewer_prompts_than_one_step_are_refused(config: RLConfig, replaced: Replaced) -> None:
     with pytest.raises(BadInput, match="is not one step"):
-        plan_prompts(read_prompts(config), replaced(prompts_per_step=32))
+        plan_prompts(read_prompts(config, "none"), replaced(prompts_per_step=32))
 
 
-def test_a_tokenizer_that_loses_characters_is_refused(config: RLConfig) -> None:
-    path = config.model / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    tokenizer["normalizer"] = {"type": "Lowercase"}
-    path.write_text(json.dumps(tokenizer))
-    with pytest.raises(BadInput, match="gives the prompt"):
-        choose_prompts(config)
+def test_validation_problems_are_marked_and_long_ones_counted(config: RLConfig, replaced: Replaced) -> None:
+    path = config.prompts.with_name("asked.jsonl")
+    path.write_text("".join(json.dumps({"q": "x" * n, "a": n}) + "\n" for n in (3, 40)))
+    each = ValidationSet(name="AMC", prompts=path, question_column="q", answer_column="a")
+    asked = replaced(template="simple", validation=ValidationConfig(sets=(each,), every_steps=1, max_prompt_tokens=30))
+    plan, report = choose_prompts(asked)
+    expected = ValidationPrompt("Question:\nxxx\nAnswer:\n", {"validation": "3"}, "AMC")
+    assert plan.validation == (expected,)
+    assert (report.validation, report.validation_too_long) == (1, 1)
+    assert "for validation 1, without 1 longer than 30 tokens" in report.describe(asked)
+    assert "for validation" not in choose_prompts(config)[1].describe(config)
+    with pytest.raises(BadInput, match="no problem of the validation sets AMC has at most 9 tokens"):
+        choose_prompts(replace(asked, validation=replace(asked.validation, max_prompt_tokens=9)))
+
+
+def test_a_problem_in_two_validation_sets_is_refused(config: RLConfig, replaced: Replaced) -> None:
+    sets = tuple(ValidationSet(name=name, prompts=config.prompts) for name in ("a", "b"))
+    with pytest.raises(BadInput, match="validation sets a and b share the prompt"):
+        choose_prompts(replaced(validation=ValidationConfig(sets=sets, every_steps=1)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"samples_per_prompt": 4}, "samples_per_prompt 4 at temperature 0"),
+        ({"every_steps": 0}, r"validation\.every_steps 0"),
+        ({"sets": (ValidationSet(name="a", prompts=Path("x")),) * 2}, "validation.sets are called a, a"),
+    ],
+)
+def test_a_validation_that_means_nothing_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        ValidationConfig(**fields)
+
+
+def test_a_validation_that_would_never_come_is_refused(config: RLConfig, replaced: Replaced) -> None:
+    sets = (ValidationSet(name="a", prompts=config.prompts),)
+    with pytest.raises(SettingsError, match="every_steps 3 is beyond num_steps 2"):
+        replaced(validation=ValidationConfig(sets=sets, every_steps=3))
 
 
 def test_the_written_file_is_read_back_as_it_was(config: RLConfig, replaced: Replaced, tmp_path: Path) -> None:
-    plan = plan_prompts(read_prompts(config), config)
-    write_prompts(tmp_path / "out.jsonl", plan)
-    assert tuple(read_prompts(replaced(prompts=tmp_path / "out.jsonl"))) == plan.prompts
+    plan = plan_prompts(read_prompts(config, "none"), config)
+    write_prompts(tmp_path / "out.jsonl", plan.prompts)
+    assert tuple(read_prompts(replaced(prompts=tmp_path / "out.jsonl"), "none")) == plan.prompts

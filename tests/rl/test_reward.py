@@ -1,125 +1,74 @@
-"""The reward file, loaded and called as OpenRLHF does it."""
+"""The reward: the answer, the terms that settings add, and that nothing makes it raise."""
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import importlib.util
-import sys
-import types
-from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_octo.rl import reward
-from megatron_octo.rl.reward import response_of, reward_func
+from megatron_octo.config.rl import RewardTerms
+from megatron_octo.errors import SettingsError
+from megatron_octo.rl.reward import FAILED, repeated_share, reward
 
-pytest.importorskip("openrlhf", reason="openrlhf is not installed")
-PROMPT = "Question:\nFind 2+3.\nAnswer:\n"
-
-
-@pytest.fixture
-def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """OpenRLHF's module that loads and calls reward files; its package's other modules (DeepSpeed) are not needed."""
-    spec = importlib.util.find_spec("openrlhf")
-    assert spec is not None and spec.origin is not None
-    package: Any = types.ModuleType("openrlhf.utils")
-    package.__path__ = [str(Path(spec.origin).parent / "utils")]
-    before = set(sys.modules)
-    monkeypatch.setitem(sys.modules, "openrlhf.utils", package)
-    yield importlib.import_module("openrlhf.utils.agent")
-    for name in set(sys.modules) - before:
-        if name.startswith("openrlhf"):
-            del sys.modules[name]
-
-
-class CharacterTokenizer:
-    """One id a character; 0 is </s>."""
-
-    def __call__(self, text: str, **_: Any) -> dict[str, Any]:
-        import torch
-
-        return {"input_ids": torch.tensor([[ord(character) for character in text]])}
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return "".join(chr(i) if i else "" if skip_special_tokens else "</s>" for i in ids)
-
-
-class Engine:
-    """vLLM that always gives one response."""
-
-    def __init__(self, response: str) -> None:
-        self.response = response
-
-    async def generate(self, prompt_ids: list[int], params: Any, multi_modal_data: Any = None) -> Any:
-        output = SimpleNamespace(token_ids=[*map(ord, self.response), 0], logprobs=None, finish_reason="stop")
-        return SimpleNamespace(outputs=[output])
-
-
-def sample(agent: Any, response: str, label: Any = "5") -> dict[str, Any]:
-    executor = agent.SingleTurnAgentExecutor([reward.__file__])
-    params = SimpleNamespace(max_tokens=64, logprobs=None)
-    coroutine = executor.execute(PROMPT, label, params, 512, CharacterTokenizer(), Engine(response))
-    result: dict[str, Any] = asyncio.run(coroutine)
-    return result
+PLAIN = RewardTerms()
+LOOP = "so the answer is \\boxed{5} and " * 40
 
 
 @pytest.mark.parametrize(
-    ("response", "value", "logs"),
+    ("response", "value", "boxed"),
     [
-        ("2+3=5\nThe answer is \\boxed{5}.", 1.0, (1.0, 1.0, 0.0)),
-        ("The answer is \\boxed{6}.", -1.0, (0.0, 1.0, 0.0)),
-        ("The answer is 5.", -1.0, (0.0, 0.0, 0.0)),
-        ("\\boxed{" * 2000, -1.0, (0.0, 0.0, 0.0)),
-        ("", -1.0, (0.0, 0.0, 0.0)),
+        ("2+3=5\nThe answer is \\boxed{5}.", 1.0, True),
+        ("The answer is \\boxed{6}.", -1.0, True),
+        ("The answer is 5.", -1.0, False),
+        ("\\boxed{" * 2000, -1.0, False),
+        ("", -1.0, False),
+        (LOOP, 1.0, True),
     ],
 )
-def test_openrlhf_gets_plus_one_or_minus_one_and_the_logs(
-    agent: Any, response: str, value: float, logs: tuple[float, ...]
-) -> None:
-    out = sample(agent, response)
-    assert float(out["reward"]) == value
-    assert float(out["scores"]) == logs[0]
-    assert tuple(float(out["extra_logs"][name]) for name in ("acc", "boxed", "reward_error")) == logs
+def test_the_paper_s_reward_is_plus_or_minus_one(response: str, value: float, boxed: bool) -> None:
+    given = reward(response, "5", PLAIN)
+    assert (given.value, given.correct, given.boxed, given.failed) == (value, value > 0, boxed, False)
 
 
-def test_a_label_that_is_not_text_is_still_compared(agent: Any) -> None:
-    assert float(sample(agent, "\\boxed{5}", label=5)["reward"]) == 1.0
+@pytest.mark.parametrize(
+    ("response", "value"), [("\\boxed{5}", 1.25), ("\\boxed{6}", -0.75), ("five", -1.25), ("\\boxed{", -1.25)]
+)
+def test_a_box_is_worth_the_format_term(response: str, value: float) -> None:
+    assert reward(response, "5", RewardTerms(format=0.25)).value == value
 
 
-def test_a_failure_inside_scores_as_wrong_and_raises_a_flag(agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repetition_takes_its_share_off() -> None:
+    terms = RewardTerms(repetition=0.5, repetition_ngram=4)
+    once, again = "a b c d e f \\boxed{5}", "a b c d a b c d \\boxed{5}"
+    assert reward(once, "5", terms).value == 1.0
+    given = reward(again, "5", terms)
+    assert given.repetition == pytest.approx(1 / 10)  # 13 words and signs have 10 runs of four; a b c d twice
+    assert given.value == pytest.approx(1 - 0.5 / 10)
+    assert reward(LOOP, "5", terms).value < 0.6
+
+
+def test_signs_count_as_words_and_spaces_do_not() -> None:
+    assert repeated_share("x=1;x=1;", 4) == repeated_share("x = 1 ; x = 1 ;", 4) == pytest.approx(1 / 5)
+    assert repeated_share("x x x", 4) == 0.0
+
+
+def test_terms_below_zero_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"reward\.format -0.5 is below 0"):
+        RewardTerms(format=-0.5)
+    with pytest.raises(SettingsError, match=r"reward\.repetition_ngram 0"):
+        RewardTerms(repetition_ngram=0)
+
+
+def test_a_failure_of_the_comparison_is_wrong_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(answer: str, reference: str) -> bool:
         raise MemoryError
 
     monkeypatch.setattr("megatron_octo.grading.answers_equal", broken)
-    out = sample(agent, "\\boxed{5}")
-    assert (float(out["reward"]), float(out["extra_logs"]["reward_error"])) == (-1.0, 1.0)
+    given = reward("\\boxed{5}", "5", RewardTerms(format=0.25))
+    assert (given.value, given.correct, given.failed) == (-0.75, False, True)
+    assert given.logs() == {"acc": 0.0, "boxed": 1.0, "repetition": 0.0, "reward_error": 1.0}
 
 
-def test_a_box_in_the_prompt_is_not_the_answer() -> None:
-    prompt = "Put the answer in \\boxed{}, as in \\boxed{5}.\n"
-    assert float(reward_func([prompt + "I do not know.</s>"], [prompt], ["5"])["rewards"]) == -1.0
-
-
-def test_control_tokens_are_no_part_of_the_response() -> None:
-    assert response_of("<s>Q\nA: \\boxed{5}<|eot_id|></s><pad>", "Q\nA: ") == "\\boxed{5}"
-
-
-def test_a_query_without_its_prompt_is_an_error_and_wrong() -> None:
-    out = reward_func(["\\boxed{5}"], ["Q"], ["5"])
-    assert (float(out["rewards"]), float(out["extra_logs"]["reward_error"])) == (-1.0, 1.0)
-
-
-def test_each_query_of_several_is_graded() -> None:
-    out = reward_func(["Q\\boxed{5}", "Q\\boxed{6}"], ["Q", "Q"], ["5", "5"])
-    assert out["rewards"].tolist() == [1.0, -1.0]
-    assert out["extra_logs"]["boxed"].tolist() == [1.0, 1.0]
-
-
-@pytest.mark.parametrize(("query", "prompt"), [("Q\\boxed{5}", None), (None, "Q")])
-def test_what_is_not_text_is_an_error_and_no_exception(query: Any, prompt: Any) -> None:
-    out = reward_func([query], [prompt], ["5"])
-    assert (float(out["rewards"]), float(out["extra_logs"]["reward_error"])) == (-1.0, 1.0)
+def test_what_is_not_text_is_an_error_and_no_exception() -> None:
+    response: Any = None
+    assert reward(response, "5", PLAIN) == FAILED

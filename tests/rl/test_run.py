@@ -14,21 +14,24 @@ import pytest
 
 from megatron_octo import lineage, rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.config.rl import LongerResponses, RLConfig
+from megatron_octo.config.rl import LongerResponses, RLConfig, ValidationConfig, ValidationSet
 from megatron_octo.errors import BadInput, OctoError, SettingsError, VerificationError
 from megatron_octo.lineage import Lineage
-from megatron_octo.rl import collect, run
+from megatron_octo.rl import collect, preflight, run
 from megatron_octo.rl.cluster import RunFailed, meaningful
-from megatron_octo.rl.run import check_model, run_all, run_rl
+from megatron_octo.rl.run import run_all, run_rl
 from tests.conftest import snapshot
 
 Replaced = Callable[..., RLConfig]
-SHAPE = {"max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 384}
 
 
 def step(number: int, **values: float) -> str:
     reported = {"acc": 0.5, "vllm_kl": 1e-4, "rollout/reward_mean": 0.0, "rollout/response_length_mean": 10.0, **values}
     return f"(PPOTrainer pid=1) INFO ppo_trainer.py:551] Global step {number}: {reported}"
+
+
+def validation(number: int, accuracy: float) -> str:
+    return f"Evaluation completed in 0:00:01, global_step {number}, eval_metrics: {{'eval_toy_pass1': {accuracy}}}"
 
 
 class FakeEngine:
@@ -64,7 +67,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
             yield engine
 
         monkeypatch.setattr(run, "cluster", opened)
-        monkeypatch.setattr(run, "check_command", lambda arguments: None)
+        monkeypatch.setattr(preflight, "check_command", lambda arguments: None)
+        monkeypatch.setattr(preflight, "check_versions", lambda: None)
         monkeypatch.setattr(run, "has_gpu", lambda: False)
         return engine
 
@@ -90,6 +94,56 @@ class StagedEngine(FakeEngine):
             if until():
                 return False
         return super().run(arguments, on_line, until)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> ValidationConfig:
+    """Two problems, after each step."""
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps({"input": f"{i}+2", "label": str(i + 2)}) + "\n" for i in range(2)))
+    return ValidationConfig(
+        sets=(ValidationSet(name="toy", prompts=path),), every_steps=1, max_prompt_tokens=8, max_response_tokens=16
+    )
+
+
+def test_validation_reaches_the_metrics_and_the_console(
+    replaced: Replaced, asked: ValidationConfig, use: Use, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    use(FakeEngine([step(1), validation(1, 0.25), step(2), validation(2, 0.5)]))
+    config = replaced(validation=asked)
+    run_rl(config)
+    rows = collect.read_metrics(config.output / "metrics.jsonl")
+    assert [(row["rl/accuracy"], row["valid/toy/accuracy"]) for row in rows] == [(0.5, 0.25), (0.5, 0.5)]
+    assert "step 1  validation  toy 25.0%" in caplog.text
+    written = [json.loads(line) for line in (config.output / "validation.jsonl").read_text().splitlines()]
+    assert written[0] == {"input": "0+2", "label": {"validation": "2"}, "datasource": "toy"}
+    assert "AgentExecutor = executor(" in (config.output / "openrlhf/agent.py").read_text()
+
+
+def test_a_stage_ends_after_the_validation_of_its_last_step(
+    replaced: Replaced, asked: ValidationConfig, use: Use
+) -> None:
+    class Engine(StagedEngine):
+        stopped_at_save = 0
+
+        def run(self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool]) -> bool:
+            def asks() -> bool:
+                number = int((actor / "latest").read_text().removeprefix("global_step"))
+                self.stopped_at_save += until()
+                on_line(validation(number, 0.5))
+                return until()
+
+            actor = Path(dict(itertools.pairwise(arguments))["--ckpt.path"]) / "_actor"
+            return super().run(arguments, on_line, asks)
+
+    engine = Engine()
+    use(engine)
+    config = replaced(num_steps=3, longer_responses=SCHEDULE, validation=asked)
+    run_rl(config)
+    assert engine.stages == [(0, "16"), (1, "20"), (2, "24")] and engine.stopped_at_save == 0
+    rows = collect.read_metrics(config.output / "metrics.jsonl")
+    assert [row["valid/toy/accuracy"] for row in rows] == [0.5] * 3
 
 
 SCHEDULE = (
@@ -193,6 +247,7 @@ def test_on_a_gpu_a_large_vllm_kl_is_a_warning(
 ) -> None:
     use(FakeEngine([step(1), step(2, vllm_kl=0.01)]))
     monkeypatch.setattr(run, "has_gpu", lambda: True)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: 1)
     run_rl(config)
     assert "vllm_kl is 0.01" in caplog.text
 
@@ -247,31 +302,6 @@ def test_a_run_killed_in_its_first_save_starts_over(config: RLConfig, use: Use) 
     use(FakeEngine([step(1), step(2)]))
     run_rl(config)
     assert not torn.exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("model.safetensors", None, r"lacks \*\.safetensors"),
-        ("tokenizer.json", None, "lacks tokenizer.json"),
-        ("generation_config.json", None, "lacks generation_config.json"),
-        ("generation_config.json", "{}", "no eos_token_id"),
-        ("config.json", json.dumps({**SHAPE, "num_attention_heads": 4}), "heads of 16 .* vLLM on a CPU takes 32"),
-        (
-            "config.json",
-            json.dumps({**SHAPE, "max_position_embeddings": 79}),
-            r"64 \+ max_response_tokens 16 = 80 is beyond .* 79",
-        ),
-    ],
-)
-def test_an_unfit_model_folder_is_refused(config: RLConfig, name: str, content: str | None, said: str) -> None:
-    check_model(config, cuda=False)
-    if content is None:
-        (config.model / name).unlink()
-    else:
-        (config.model / name).write_text(content)
-    with pytest.raises(BadInput, match=said):
-        check_model(config, cuda=False)
 
 
 def test_bad_input_is_refused_before_anything_is_written(

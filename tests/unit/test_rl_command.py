@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.rl import RLConfig, ValidationConfig, ValidationSet
 from megatron_octo.errors import BadInput
 from megatron_octo.rl.command import CPU_PATCHES, check_command, command, environment
 
@@ -92,8 +92,29 @@ def test_openrlhf_reads_every_setting_as_it_was_meant() -> None:
     )
     assert all(Path(path).is_relative_to(Path("out").resolve()) for path in paths)
     assert got["actor"]["model_name_or_path"] == str(Path("model").resolve())
-    (reward,) = got["reward"]["remote_url"]
-    assert Path(reward).is_file() and reward.endswith("/rl/reward.py")
+    assert got["train"]["agent_func_path"] == str(Path("out/openrlhf/agent.py").resolve())
+    assert got["eval"]["dataset"] is None
+
+
+def test_validation_makes_room_for_its_own_length_and_saves_nothing() -> None:
+    asked = ValidationConfig(
+        sets=(ValidationSet(name="a", prompts=Path("a.jsonl")),),
+        every_steps=2,
+        samples_per_prompt=2,
+        temperature=0.5,
+        max_prompt_tokens=100,
+        max_response_tokens=200,
+    )
+    got = parsed(replace(CONFIG, validation=asked), cuda=True)
+    assert got["data"]["max_len"] == 300 and got["rollout"]["max_new_tokens"] == 112
+    assert parsed(replace(CONFIG, validation=replace(asked, sets=())), cuda=True)["data"]["max_len"] == 64 + 112
+    assert (got["eval"]["steps"], got["eval"]["temperature"], got["eval"]["n_samples_per_prompt"]) == (2, 0.5, 2)
+    assert got["eval"]["dataset"] == str(Path("out/validation.jsonl").resolve())
+    assert got["ckpt"]["best_metric_key"] == "none"
+
+
+def test_fp16_is_asked_of_the_trainer() -> None:
+    assert parsed(replace(CONFIG, precision="fp16"), cuda=True)["ds"]["param_dtype"] == "fp16"
 
 
 @pytest.mark.parametrize("cuda", [True, False])

@@ -47,6 +47,7 @@ def test_the_papers_numbers(name: str) -> None:
     updates = (256, 16) if name.endswith("official_script") else (128, 2)
     assert (config.prompts_per_step, config.updates_per_step) == updates
     assert (config.samples_per_prompt, config.learning_rate, config.kl_coefficient) == (16, 1e-6, 0.0)
+    assert config.stop == ("User:", "Assistant:", "Question:", "Answer:")
     assert (config.temperature, config.max_prompt_tokens, config.clip_low, config.clip_high) == (1.0, 400, 0.2, 0.2)
     assert (
         config.name

