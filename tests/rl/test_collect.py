@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_octo.rl.collect import append_metrics, fill_gaps, parse_step, read_events, read_metrics, write_metrics
+from megatron_octo.rl.collect import (
+    append_metrics,
+    fill_gaps,
+    parse_step,
+    read_events,
+    read_metrics,
+    validation,
+    write_metrics,
+)
 
 LINE = (
     "(PPOTrainer pid=1) INFO 11-22 16:58:22 ppo_trainer.py:551] \u2728 Global step 3: {'acc': 0.25, 'boxed': 0.9, "
@@ -41,6 +49,28 @@ def test_a_step_line_becomes_metrics_under_our_names() -> None:
     assert row["rl/vllm_kl"] == -0.0001
     assert not {"optim/grad_norm", "rl/policy_loss"} & set(row)  # not finite
     assert "kl" not in row
+
+
+def test_lengths_of_right_and_wrong_responses_come_from_what_all_have() -> None:
+    """Three responses of 10, 20 and 60 tokens; the first two are right."""
+    means = {"acc": 2 / 3, "right_tokens": (10 + 20) / 3, "rollout/response_length_mean": 30.0}
+    row = parse_step(f"Global step 1: {means}")
+    assert row is not None and "rl/right_tokens" not in row
+    assert row["rl/right_length_mean"] == pytest.approx(15.0)
+    assert row["rl/wrong_length_mean"] == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize(("accuracy", "length"), [(1.0, "rl/right_length_mean"), (0.0, "rl/wrong_length_mean")])
+def test_where_all_are_right_or_wrong_there_is_one_length(accuracy: float, length: str) -> None:
+    means = {"acc": accuracy, "right_tokens": 30.0 * accuracy, "rollout/response_length_mean": 30.0}
+    row = parse_step(f"Global step 1: {means}")
+    assert row is not None and {"rl/right_length_mean", "rl/wrong_length_mean"} & set(row) == {length}
+    assert row[length] == pytest.approx(30.0)
+
+
+def test_validation_is_the_mean_over_its_sets() -> None:
+    assert validation({"step": 1, "valid/a/accuracy": 0.2, "valid/b/accuracy": 0.6, "rl/accuracy": 1.0}) == 0.4
+    assert validation({"step": 1, "rl/accuracy": 1.0, "valid/a/length": 3.0}) is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import pytest
 
 from megatron_octo import lineage, rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.config.rl import LongerResponses, RLConfig
+from megatron_octo.config.rl import LongerResponses, RLConfig, RLWatchConfig
 from megatron_octo.errors import BadInput, OctoError, SettingsError, VerificationError
 from megatron_octo.lineage import Lineage
-from megatron_octo.rl import collect, run
+from megatron_octo.rl import collect, run, saves
 from megatron_octo.rl.cluster import RunFailed, meaningful
 from megatron_octo.rl.run import check_model, run_all, run_rl
 from tests.conftest import snapshot
@@ -27,7 +28,8 @@ SHAPE = {"max_position_embeddings": 128, "hidden_size": 64, "num_attention_heads
 
 
 def step(number: int, **values: float) -> str:
-    reported = {"acc": 0.5, "vllm_kl": 1e-4, "rollout/reward_mean": 0.0, "rollout/response_length_mean": 10.0, **values}
+    usual = {"acc": 0.5, "vllm_kl": 1e-4, "actor_grad_norm": 1.0, "policy_loss": 0.0, "rollout/reward_mean": 0.0}
+    reported = {**usual, "rollout/response_length_mean": 10.0, **values}
     return f"(PPOTrainer pid=1) INFO ppo_trainer.py:551] Global step {number}: {reported}"
 
 
@@ -71,25 +73,41 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     return install
 
 
-class StagedEngine(FakeEngine):
+class SavingEngine(FakeEngine):
     """Goes on from the last checkpoint, saves each step, and is stopped where it is asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, line: Callable[[int, int], str] = lambda number, run: step(number)) -> None:
         super().__init__([])
+        self.line = line
+        """Of a step, in a run of OpenRLHF (the first is 0)."""
         self.stages: list[tuple[int, str]] = []
+        """The step after which each run began, and its longest response."""
+        self.seeds: list[str] = []
 
     def run(self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool]) -> bool:
         flags = dict(itertools.pairwise(arguments))
         actor = Path(flags["--ckpt.path"]) / "_actor"
         done = int((actor / "latest").read_text().removeprefix("global_step")) if (actor / "latest").exists() else 0
         self.stages.append((done, flags["--rollout.max_new_tokens"]))
-        for number in range(done + 1, 4):
-            on_line(step(number))
+        self.seeds.append(flags["--train.seed"])
+        for number in range(done + 1, int(flags["--ckpt.max_num"]) + 1):
+            on_line(self.line(number, len(self.stages) - 1))
             (actor / f"global_step{number}").mkdir(parents=True)
             (actor / "latest").write_text(f"global_step{number}")
             if until():
                 return False
+            write_openrlhf_copy(actor.parent / f"global_step{number}_hf")
+            if until():
+                return False
         return super().run(arguments, on_line, until)
+
+
+def write_openrlhf_copy(folder: Path) -> Path:
+    """A Hugging Face folder as OpenRLHF leaves it: tokenizer.json comes last."""
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(folder.name.encode())
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
 
 
 SCHEDULE = (
@@ -101,7 +119,7 @@ SCHEDULE = (
 def test_a_length_schedule_is_a_chain_of_runs_that_go_on_from_each_other(
     replaced: Replaced, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, opened = StagedEngine(), []
+    engine, opened = SavingEngine(), []
     use(engine)
     clusters = run.cluster
     monkeypatch.setattr(run, "cluster", lambda **options: opened.append(1) or clusters(**options))
@@ -114,7 +132,7 @@ def test_a_length_schedule_is_a_chain_of_runs_that_go_on_from_each_other(
 
 
 def test_a_run_killed_in_its_second_stage_goes_on_in_it(replaced: Replaced, use: Use) -> None:
-    engine, config = StagedEngine(), replaced(num_steps=3, longer_responses=SCHEDULE[:1])
+    engine, config = SavingEngine(), replaced(num_steps=3, longer_responses=SCHEDULE[:1])
     actor = config.output / "openrlhf" / "_actor"
     (actor / "global_step2").mkdir(parents=True)
     (actor / "latest").write_text("global_step2")
@@ -175,26 +193,88 @@ def test_a_finished_run_is_skipped_and_others_are_refused_its_folder(
     assert snapshot(config.output) == before
 
 
-def test_stale_weights_stop_a_run_on_the_cpu(config: RLConfig, use: Use) -> None:
-    use(FakeEngine([step(1), step(2, vllm_kl=-0.09)]))
-    with pytest.raises(VerificationError, match=r"step 2: vllm_kl is -0.09.*old weights"):
+def stale_at(bad: int, runs: int) -> Callable[[int, int], str]:
+    """Lines of an engine that has old weights at step `bad`, in its first `runs` runs."""
+    return lambda number, run: step(number, vllm_kl=-0.09 if number == bad and run < runs else 1e-4)
+
+
+def test_stale_weights_stop_a_run_and_its_saves_stay(replaced: Replaced, use: Use) -> None:
+    config = replaced(num_steps=4)
+    use(SavingEngine(stale_at(3, runs=1)))
+    with pytest.raises(OctoError, match=r"step 3: vllm_kl is -0.09.*old weights.*save from before step 3 is of step 2"):
         run_rl(config)
     assert not rundir.is_done(config.output) and not (config.output / "hf").exists()
+    assert saves.checkpoints(config.output) == saves.copies(config.output) == [1, 2]
+    engine = SavingEngine()
+    use(engine)
+    run_rl(config)
+    assert engine.stages == [(2, "16")]
 
 
-def test_a_step_without_vllm_kl_stops_a_run_on_the_cpu(config: RLConfig, use: Use) -> None:
-    use(FakeEngine([step(1, vllm_kl=float("nan"))]))
-    with pytest.raises(VerificationError, match="vllm_kl is None"):
+def test_a_step_without_numbers_stops_a_run_before_it_is_saved(config: RLConfig, use: Use) -> None:
+    use(SavingEngine(lambda number, _: step(number, vllm_kl=float("nan"), actor_grad_norm=float("inf"))))
+    with pytest.raises(
+        OctoError, match="step 1: rl/vllm_kl, optim/grad_norm: no finite number; there is no save from before"
+    ):
         run_rl(config)
+    assert saves.checkpoints(config.output) == []
 
 
-def test_on_a_gpu_a_large_vllm_kl_is_a_warning(
-    config: RLConfig, use: Use, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_gpu_s_kernels_may_differ_more(config: RLConfig, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     use(FakeEngine([step(1), step(2, vllm_kl=0.01)]))
     monkeypatch.setattr(run, "has_gpu", lambda: True)
     run_rl(config)
-    assert "vllm_kl is 0.01" in caplog.text
+    assert rundir.is_done(config.output)
+
+
+def test_a_run_rolls_back_to_the_save_before_the_trouble_and_draws_other_samples(
+    replaced: Replaced, use: Use, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replaced(num_steps=4, keep_last_saves=3, watch=RLWatchConfig(on_stale_weights="roll_back"))
+    engine = SavingEngine(stale_at(3, runs=1))
+    use(engine)
+    run_rl(config)
+    assert engine.stages == [(0, "16"), (2, "16")]
+    assert engine.seeds == ["42", "43"]
+    assert "rolled back to step 2" in caplog.text
+    assert [(back["step"], back["to"]) for back in rundir.read_json(config.output / "roll_backs.json")] == [(3, 2)]
+    rows = collect.read_metrics(config.output / "metrics.jsonl")
+    assert [(row["step"], row["rl/vllm_kl"]) for row in rows] == [(number, 1e-4) for number in (1, 2, 3, 4)]
+    assert rundir.is_done(config.output)
+
+
+def test_roll_backs_are_bounded_and_counted_across_restarts(replaced: Replaced, use: Use) -> None:
+    config = replaced(num_steps=4, watch=RLWatchConfig(on_stale_weights="roll_back", most_roll_backs=2))
+    engine = SavingEngine(stale_at(3, runs=9))
+    use(engine)
+    for runs in (3, 4):
+        with pytest.raises(OctoError, match="after 2 roll backs; the last save from before step 3 is of step 2"):
+            run_rl(config)
+        assert len(engine.stages) == runs
+    assert engine.seeds == ["42", "43", "44", "44"]
+
+
+def test_a_run_that_was_stopped_goes_on_with_another_policy(replaced: Replaced, use: Use) -> None:
+    config = replaced(num_steps=4)
+    use(SavingEngine(stale_at(3, runs=1)))
+    with pytest.raises(OctoError):
+        run_rl(config)
+    engine = SavingEngine(stale_at(3, runs=1))
+    use(engine)
+    run_rl(replace(config, watch=RLWatchConfig(on_stale_weights="log")))
+    assert engine.stages == [(2, "16")] and rundir.is_done(config.output)
+
+
+def test_our_numbers_are_in_tensorboard_and_a_roll_back_purges_them(replaced: Replaced, use: Use) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replaced(num_steps=3, watch=RLWatchConfig(on_stale_weights="roll_back"))
+    use(SavingEngine(stale_at(3, runs=1)))
+    run_rl(config)
+    events = EventAccumulator(str(config.output / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("rl/vllm_kl")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("rl/vllm_kl")] == pytest.approx([1e-4] * 3)
 
 
 def test_failed_rewards_are_reported(config: RLConfig, use: Use, caplog: pytest.LogCaptureFixture) -> None:
