@@ -8,6 +8,7 @@ failure of ours scores as a wrong answer and shows up as `reward_error` in the m
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 from megatron_octo.grading import grade
@@ -20,16 +21,19 @@ def reward_func(queries: list[str], prompts: list[str], labels: list[str], **_: 
     """Grade responses.
 
     `queries` are prompts with their responses, control tokens in them; each result has one value a query.
-    `scores` and the log `acc` are 1 or 0 (right), `boxed` says whether there is a final answer at all.
+    `scores` and the log `acc` are 1 or 0 (right), `boxed` says whether there is a final answer at all; `reward_s` is
+    the processor's time for it.
     """
     import torch
 
+    began = time.thread_time()
     graded = [_grade(query, prompt, label) for query, prompt, label in zip(queries, prompts, labels, strict=True)]
     right, boxed, error = (torch.tensor(column, dtype=torch.float32) for column in zip(*graded, strict=True))
+    seconds = torch.full_like(right, (time.thread_time() - began) / len(queries))
     return {
         "rewards": torch.where(right > 0, RIGHT, WRONG),
         "scores": right,
-        "extra_logs": {"acc": right, "boxed": boxed, "reward_error": error},
+        "extra_logs": {"acc": right, "boxed": boxed, "reward_error": error, "reward_s": seconds},
     }
 
 

@@ -54,9 +54,8 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
         cuda = has_gpu()
         plans = [check(config, cuda=cuda) for config in pending]
         num_gpus, work = max(config.num_gpus for config in pending), deque(zip(pending, plans, strict=True))
-        while (
-            work
-        ):  # a run that ends at a border of its length schedule, or in trouble, leaves no cluster to go on with
+        while work:
+            # one that ends at a border of its length schedule, or in trouble, leaves no cluster to go on with
             try:
                 with cluster(num_gpus=num_gpus, cuda=cuda) as engine:
                     while work and _run(work[0][0], *work[0][1], engine, cuda=cuda):
@@ -200,24 +199,24 @@ def _answer(config: RLConfig, finding: watch.Finding) -> None:
         OctoError: it is to stop, or there is no save to go back to.
     """
     output = config.output
-    good = max((step for step in saves.checkpoints(output) if step < finding.since), default=0)
     said = f"{config.name}, step {finding.step}: {finding.what}"
-    if finding.action == "stop" or not good:
-        kept = (
-            f"the last save from before step {finding.since} is of step {good}"
-            if good
-            else "there is no save from before"
-        )
-        raise OctoError(
-            f"{said}; {kept}",
-            fix=f"see {output / LOG} and docs/rl.md; run it again with watch.on_* roll_back to go back to such a save, "
-            "log to go on from the last one, or begin anew with other settings in another folder",
-        )
     with rundir.lock(output):
-        back = {"step": finding.step, "to": good, "what": finding.what}
-        rundir.write_json(output / ROLL_BACKS, [*roll_backs(output), back])
-        saves.go_back(output, good)
-    log.warning("%s; rolled back to step %d, the samples that follow are drawn anew", said, good)
+        steps = saves.checkpoints(output)
+        good = max((step for step in steps if step < finding.since), default=0)
+        if finding.action == "roll_back" and good:
+            back = {"step": finding.step, "to": good, "what": finding.what}
+            rundir.write_json(output / ROLL_BACKS, [*roll_backs(output), back])
+            saves.go_back(output, good)
+            log.warning("%s; rolled back to step %d, the samples that follow are drawn anew", said, good)
+            return
+        # OpenRLHF may have saved the step at fault while it was being ended
+        saves.go_back(output, max((step for step in steps if step < finding.step), default=0))
+    before = f"the last save from before step {finding.since} is of step {good}" if good else "no save is from before"
+    raise OctoError(
+        f"{said}; {before}",
+        fix=f"see {output / LOG} and docs/rl.md; run it again with watch.on_* roll_back to go back to such a save, "
+        "log to go on from the last one, or begin anew with other settings in another folder",
+    )
 
 
 def _is_at_border(config: RLConfig, stage: LengthStage, follower: Follower) -> bool:

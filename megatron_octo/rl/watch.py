@@ -100,7 +100,7 @@ def _repetition(config: RLWatchConfig, rows: Sequence[Row]) -> Iterator[Finding]
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """A curve's mean over its last window, and the extremes of the windows before."""
+    """A curve's mean over its last window, and the extremes of the means over all windows."""
 
     values: Sequence[float]
     window: int
@@ -114,8 +114,7 @@ class _Course:
         if len(values) < 2 * window:
             return None
         means = [fmean(values[start : start + window]) for start in range(len(values) - window + 1)]
-        before = means[:-window]
-        return cls(values, window, means[-1], max(before), min(before))
+        return cls(values, window, means[-1], max(means), min(means))
 
     def steps_beyond(self, extreme: float, *, falling: bool) -> int:
         """How many last steps lie on this side of the middle between `extreme` and now; the window at least."""

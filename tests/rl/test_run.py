@@ -214,10 +214,28 @@ def test_stale_weights_stop_a_run_and_its_saves_stay(replaced: Replaced, use: Us
 def test_a_step_without_numbers_stops_a_run_before_it_is_saved(config: RLConfig, use: Use) -> None:
     use(SavingEngine(lambda number, _: step(number, vllm_kl=float("nan"), actor_grad_norm=float("inf"))))
     with pytest.raises(
-        OctoError, match="step 1: rl/vllm_kl, optim/grad_norm: no finite number; there is no save from before"
+        OctoError, match="step 1: rl/vllm_kl, optim/grad_norm: no finite number; no save is from before"
     ):
         run_rl(config)
     assert saves.checkpoints(config.output) == []
+
+
+def test_a_step_at_fault_that_openrlhf_saved_while_it_was_ended_is_not_gone_on_from(
+    replaced: Replaced, use: Use
+) -> None:
+    class Late(SavingEngine):
+        def run(self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool]) -> bool:
+            lines: list[str] = []
+            super().run(arguments, lines.append, lambda: False)
+            for line in lines:
+                on_line(line)
+            return True
+
+    config = replaced(num_steps=4)
+    use(Late(lambda number, _: step(number, policy_loss=float("nan") if number == 3 else 0.0)))
+    with pytest.raises(OctoError, match=r"step 3: rl/policy_loss: no finite number; the last save .* is of step 2"):
+        run_rl(config)
+    assert saves.checkpoints(config.output) == [1, 2] and saves.last(config.output) == 2
 
 
 def test_a_gpu_s_kernels_may_differ_more(config: RLConfig, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:

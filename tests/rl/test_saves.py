@@ -15,6 +15,12 @@ from megatron_octo.rl import saves
 from megatron_octo.rl.collect import Row
 
 
+@pytest.fixture(autouse=True)
+def no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here needs to be on the disk itself."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
 def row(step: int, **values: float) -> Row:
     named = {name.replace("_", "/", 1): value for name, value in values.items()}
     return {"step": step, "rl/response_length_mean": 10.0, "rl/reward_mean": 0.0, **named}
@@ -24,6 +30,8 @@ def openrlhf_saves(config: RLConfig, step: int, *, copy: bool = True) -> Path:
     """Leave a checkpoint, and the Hugging Face copy of it, as OpenRLHF does; returns the copy's folder."""
     actor = config.output / "openrlhf/_actor"
     (actor / f"global_step{step}").mkdir(parents=True)
+    for name in ("model", "optimizer"):
+        (actor / f"global_step{step}" / name).touch()
     (actor / "latest").write_text(f"global_step{step}")
     folder = config.output / f"openrlhf/global_step{step}_hf"
     if copy:
@@ -79,6 +87,14 @@ def test_the_last_saves_stay_and_the_best_copy(config: RLConfig) -> None:
     assert rundir.read_json(config.output / "saves/best.json") == {"step": 2, "by": "reward", "value": 0.9}
 
 
+def test_a_checkpoint_that_openrlhf_still_writes_counts_for_none(config: RLConfig) -> None:
+    for step in (1, 2, 3):
+        openrlhf_saves(config, step)
+    (config.output / "openrlhf/_actor/global_step4").mkdir()
+    saves.take(config, [row(1), row(2), row(3)])
+    assert saves.checkpoints(config.output) == [2, 3, 4]
+
+
 def test_validation_says_which_is_best_where_there_is_one(config: RLConfig) -> None:
     rows = [row(step, rl_reward_mean=0.1 * step) for step in range(1, 6)]
     rows[0] |= {"valid/math500/accuracy": 0.3, "valid/amc23/accuracy": 0.5}
@@ -128,7 +144,7 @@ def test_a_kill_while_a_copy_is_made_or_deleted_leaves_none_that_is_torn(
         shutil.rmtree(config.output, ignore_errors=True)
         rows = [row(step) for step in (1, 2, 3)]
         run_to(config, rows[:2])
-        openrlhf_saves(config, 3)
+        openrlhf_saves(config, 3)  # 1 no longer stays
         with monkeypatch.context() as patch:
             count = die_at(patch, deadly)
             try:
@@ -137,12 +153,14 @@ def test_a_kill_while_a_copy_is_made_or_deleted_leaves_none_that_is_torn(
             except KeyboardInterrupt:
                 died = True
         assert saves.resume(config.output) == 3
-        saves.take(config, rows)
-        saves.rotate(config, rows)
+        for step in saves.checkpoints(config.output):
+            assert len(list((config.output / f"openrlhf/_actor/global_step{step}").iterdir())) == 2, (deadly, step)
         for step in saves.copies(config.output):
             folder = saves.copy_folder(config.output, step)
-            assert rundir.is_done(folder), (deadly, step)
+            assert rundir.is_done(folder) and (folder / "tokenizer.json").exists(), (deadly, step)
             assert lineage.read(folder).weights_sha256 == rundir.sha256_folder(folder, "*.safetensors")
+        saves.take(config, rows)
+        saves.rotate(config, rows)
         assert saves.copies(config.output) == saves.checkpoints(config.output) == [2, 3]
         if not died:
             assert count() < deadly and deadly > 10
@@ -151,21 +169,24 @@ def test_a_kill_while_a_copy_is_made_or_deleted_leaves_none_that_is_torn(
 
 
 def die_at(patch: pytest.MonkeyPatch, deadly: int) -> Callable[[], int]:
-    """Have the `deadly`-th copy, rename or removal of files die before it does anything; returns their count."""
+    """Have the `deadly`-th copy, rename or removal of files die, a removal half-way; returns their count."""
     done = 0
 
-    def mortal(function: Callable[..., object]) -> Callable[..., object]:
+    def mortal(function: Callable[..., object], half: Callable[..., object] = lambda *_: None) -> Callable[..., object]:
         def wrapped(*args: object, **kwargs: object) -> object:
             nonlocal done
             done += 1
             if done == deadly:
+                half(*args)
                 raise KeyboardInterrupt
             return function(*args, **kwargs)
 
         return wrapped
 
     patch.setattr(shutil, "copy2", mortal(shutil.copy2))
-    patch.setattr(shutil, "rmtree", mortal(shutil.rmtree))
+    patch.setattr(
+        shutil, "rmtree", mortal(shutil.rmtree, lambda folder: [path.unlink() for path in [*folder.glob("*")][:1]])
+    )
     patch.setattr(Path, "replace", mortal(Path.replace))
     return lambda: done
 
