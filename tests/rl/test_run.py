@@ -128,6 +128,7 @@ def test_a_length_schedule_is_a_chain_of_runs_that_go_on_from_each_other(
     assert engine.stages == [(0, "16"), (1, "20"), (2, "24")]
     assert len(opened) == 3, "what ran beyond a border must be gone before the next stage"
     assert [row["step"] for row in collect.read_metrics(config.output / "metrics.jsonl")] == [1, 2, 3]
+    assert saves.copies(config.output) == [2, 3], "a run ends at a border when its copy is whole"
     assert rundir.is_done(config.output)
 
 
