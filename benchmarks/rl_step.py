@@ -9,8 +9,8 @@ step. Ours runs beside them: the reward, in vLLM's process while others are gene
 samples), and the follower, in the process that waits for OpenRLHF (its lines, metrics, watch and saves; all of a run's
 time over its steps). `ours_share` is both over the step. Medians over the steps after the first two, all of one run.
 
-Without `--recipe` the model is the miniature's shape with random weights, on generated problems; a recipe's own model
-and prompts must be there. The run is written to a temporary folder.
+Without `--recipe` the model is the miniature's shape with random weights, on generated problems: its responses hold few
+answers to compare. A recipe's own model and prompts must be there. The run is written to a temporary folder.
 """
 
 from __future__ import annotations
