@@ -28,6 +28,53 @@ class LengthStage:
     max_response_tokens: int
 
 
+RLAction = Literal["log", "roll_back", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RLWatchConfig(Settings):
+    """What to do when a run goes wrong.
+
+    log: say it. roll_back: go on from the last save from before the trouble, with the same prompts and other samples.
+    stop: end with an error; the saves stay.
+    """
+
+    on_non_finite: RLAction = "stop"
+    """At a reward, loss, gradient norm or vllm_kl that is infinite or not a number."""
+    on_stale_weights: RLAction = "stop"
+    """At a vllm_kl beyond `most_vllm_kl`: rollouts come from other weights than those trained."""
+    on_collapse: RLAction = "stop"
+    """At a score that has fallen while responses are cut off."""
+    on_repetition: RLAction = "stop"
+    """At responses that have begun to repeat themselves."""
+    window_steps: int = 5
+    """Collapse and repetition compare the mean of so many last steps with the best mean of as many before."""
+    score_fall: float = 0.5
+    """Collapse: so much of the best share of right answers is lost, and"""
+    truncated_share: float = 0.5
+    """so many responses are cut off."""
+    repetition_rise: float = 0.5
+    """Repetition: so much above its lowest share."""
+    most_vllm_kl: float | None = None
+    """Largest |vllm_kl|; None: 1e-3 on a CPU, where equal weights give 1e-4, and 0.02 on a GPU, whose kernels differ
+    more. Nobody has run this on a GPU yet."""
+    most_roll_backs: int = 2
+    """Stop at the next."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "watch.", "window_steps")
+        if self.most_vllm_kl is not None:
+            require_positive(self, "watch.", "most_vllm_kl")
+        for name in ("score_fall", "truncated_share", "repetition_rise"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"watch.{name} {value:g} is not in (0, 1]", fix="it is a share: 0.5, say")
+        require(
+            self.most_roll_backs >= 0,
+            f"watch.most_roll_backs {self.most_roll_backs} is below 0",
+            fix="give 0 to stop at the first, or more",
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardTerms(Settings):
     """What is added to +1 for a right answer and -1 for any other; the paper adds nothing."""
@@ -158,7 +205,11 @@ class RLConfig(Settings):
     num_gpus: int = 8
     """Devices of one node that share rollouts and training. A CPU counts one logical device."""
     save_every_steps: int = 20
-    """Rollout steps between checkpoints."""
+    """Rollout steps between saves: a checkpoint to go on from, and a Hugging Face copy."""
+    keep_last_saves: int = 2
+    """Saves to keep; the best Hugging Face copy stays besides."""
+    watch: RLWatchConfig = RLWatchConfig()
+    """What to do when the run goes wrong."""
     seed: int = 42
     """Orders prompts and draws samples."""
 
@@ -170,6 +221,7 @@ class RLConfig(Settings):
             "samples_per_prompt",
             "updates_per_step",
             "save_every_steps",
+            "keep_last_saves",
             "num_gpus",
         )
         lengths = ("max_prompt_tokens", "max_response_tokens", "max_tokens_per_gpu")

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.platform.vllm_dtype import load_as_fp16
+from megatron_octo.rl import signals
 from megatron_octo.rl.reward import reward
 
 FILE = '''"""OpenRLHF loads this file in each vLLM process. Written by `octo rl`."""
@@ -47,9 +48,11 @@ def executor(config: RLConfig) -> type:
             answer = str(label[VALIDATION] if validates else label)
             graded = await asyncio.to_thread(reward, response, answer, config.reward)
             right = float(graded.correct)
+            log_probs = (sample["rollout_log_probs"] or [])[start:end]  # validation has none
+            logs = graded.logs() | signals.of_response(response, log_probs, right=graded.correct)
             # what OpenRLHF calls pass1 is the mean of "reward"
             value = right if validates else graded.value
-            return {**sample, "reward": value, "scores": right, "extra_logs": graded.logs()}
+            return {**sample, "reward": value, "scores": right, "extra_logs": logs}
 
     return Executor
 

@@ -1,4 +1,4 @@
-"""What OpenRLHF reports of a step -> metrics.jsonl.
+"""What OpenRLHF reports of a step -> metrics.jsonl: the one place that names its numbers.
 
 The controller's log line of a step has everything at once; TensorBoard files have the same numbers,
 minutes later, and fill in for lines that were lost on the way.
@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megatron_octo import rundir
@@ -29,12 +30,18 @@ VALIDATION_NAMES = {
 NAMES = {
     "rollout/reward_mean": "rl/reward_mean",
     "acc": "rl/accuracy",
+    # extra_logs of our reward and agent (acc is one too)
     "boxed": "rl/boxed_share",
+    "boxed_at_start": "rl/boxed_at_start_share",
     "repetition": "rl/repetition_share",
+    "entropy": "rl/entropy",
+    "right_tokens": "rl/right_tokens",
     "reward_error": "rl/reward_error_share",
+    "reward_s": "rl/reward_s",
     "rollout/response_length_mean": "rl/response_length_mean",
     "rollout/truncated_rate": "rl/truncated_share",
     "vllm_kl": "rl/vllm_kl",
+    "is_filter_ratio": "rl/is_clip_share",
     "policy_loss": "rl/policy_loss",
     "ppo_clip_ratio": "rl/clip_share",
     "actor_grad_norm": "optim/grad_norm",
@@ -66,13 +73,31 @@ def _parse(pattern: re.Pattern[str], line: str) -> Row | None:
     return {"step": int(match[1]), **rename(values)}
 
 
+def validation(row: Row) -> float | None:
+    """What a row says of problems that are not trained on: the mean accuracy over their sets; None if not asked."""
+    scores = [value for name, value in row.items() if name.startswith("valid/") and name.endswith("/accuracy")]
+    return fmean(scores) if scores else None
+
+
 def rename(values: Mapping[str, Any]) -> Row:
     """OpenRLHF's values under our names; what has no name of ours, or is no finite number, is left out."""
     found = {ours: float(values[theirs]) for theirs, ours in NAMES.items() if values.get(theirs) is not None}
     for theirs, value in values.items():
         if match := VALIDATION_NAME.fullmatch(theirs):
             found[f"valid/{match[1]}/{VALIDATION_NAMES[match[2]]}"] = float(value)
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return _with_lengths({name: value for name, value in found.items() if math.isfinite(value)})
+
+
+def _with_lengths(row: Row) -> Row:
+    """Add the mean lengths of right and of wrong responses: OpenRLHF only has means over all of them."""
+    right_tokens = row.pop("rl/right_tokens", None)
+    accuracy, length = row.get("rl/accuracy"), row.get("rl/response_length_mean")
+    if right_tokens is not None and accuracy is not None and length is not None:
+        if accuracy > 0:
+            row["rl/right_length_mean"] = right_tokens / accuracy
+        if accuracy < 1:
+            row["rl/wrong_length_mean"] = max(0.0, length - right_tokens) / (1 - accuracy)
+    return row
 
 
 def read_events(folder: Path) -> dict[int, Row]:

@@ -16,7 +16,6 @@ from megatron_octo.errors import BadInput, OctoError
 
 PROMPTS, VALIDATION, TENSORBOARD = "prompts.jsonl", "validation.jsonl", "tensorboard"
 CHECKPOINTS, FINAL, AGENT = "openrlhf", "openrlhf/final", "openrlhf/agent.py"
-KEPT_CHECKPOINTS = 2  # OpenRLHF deletes the oldest before it writes the next: with 1 there would be none meanwhile
 GPU_MEMORY_SHARE = 0.6  # of a device, for vLLM; the rest is training's
 CHECK_TIMEOUT_S = 120
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -70,7 +69,11 @@ def command(config: RLConfig, *, stage: LengthStage, num_episodes: int, cuda: bo
         "ckpt.path": output / CHECKPOINTS,
         "ckpt.output_dir": output / FINAL,
         "ckpt.save_steps": config.save_every_steps,
-        "ckpt.max_num": KEPT_CHECKPOINTS,
+        # saves are rotated by rl/saves.py: OpenRLHF deletes a checkpoint before its successor is there, with validation
+        # even the newest, and its own best one is a second checkpoint that `latest` then names
+        "ckpt.max_num": config.num_steps,
+        "ckpt.best_metric_key": "none",
+        "ckpt.save_hf": True,
         "ckpt.load_enable": True,
         "logger.tensorboard_dir": output / TENSORBOARD,
         "logger.wandb.run_name": config.name,
@@ -81,7 +84,6 @@ def command(config: RLConfig, *, stage: LengthStage, num_episodes: int, cuda: bo
             "eval.steps": config.validation.every_steps,
             "eval.temperature": config.validation.temperature,
             "eval.n_samples_per_prompt": config.validation.samples_per_prompt,
-            "ckpt.best_metric_key": "none",  # its checkpoint of the best is one that a run would go on from
         }
     if config.kl_coefficient > 0:
         flags |= {

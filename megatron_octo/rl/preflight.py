@@ -14,7 +14,7 @@ from megatron_octo.config.rl import RLConfig
 from megatron_octo.data.tokenizer import check_vocabulary
 from megatron_octo.errors import BadInput
 from megatron_octo.rl import prompts
-from megatron_octo.rl.command import CHECKPOINTS, KEPT_CHECKPOINTS, check_command, command
+from megatron_octo.rl.command import CHECKPOINTS, check_command, command
 from megatron_octo.rl.reward import reward
 
 VERSIONS = {"openrlhf": "0.11.2", "ray": "2.55", "deepspeed": "0.19", "vllm": "0.29"}
@@ -23,7 +23,8 @@ NUM_PORTS = 32  # that Ray, DeepSpeed and vLLM open a device; they take what is 
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CHECKPOINT_BYTES = 14  # a parameter: the weight in 2 bytes; its fp32 copy and two moments for the optimizer
-EXPORT_BYTES = 2 * 2  # OpenRLHF's last folder, and hf/
+COPY_BYTES = 2  # of a Hugging Face folder
+FINAL_COPIES = 2  # OpenRLHF's last folder, and hf/
 ANSWER = r"\sqrt{8}"  # as a string or a number it equals nothing: math-verify has to decide
 SAMPLES = {"right": r"\boxed{2\sqrt{2}}", "wrong": r"\boxed{3\sqrt{2}}", "hostile": r"\boxed{9^{9^{9^{9^9}}}}"}
 
@@ -196,13 +197,15 @@ def check_disk(config: RLConfig) -> None:
     """
     parameters = num_parameters(config.model)
     written = sum(path.stat().st_size for path in (config.output / CHECKPOINTS).rglob("*") if path.is_file())
-    needed = parameters * (CHECKPOINT_BYTES * KEPT_CHECKPOINTS + EXPORT_BYTES) - written
+    checkpoints = config.keep_last_saves + 1  # none is deleted before the next is whole
+    copies = config.keep_last_saves + 2 + FINAL_COPIES  # and the best
+    needed = parameters * (CHECKPOINT_BYTES * checkpoints + COPY_BYTES * copies) - written
     free = rundir.free_bytes(config.output)
     if needed > free:
         raise BadInput(
-            f"{KEPT_CHECKPOINTS} checkpoints and the export of {parameters:,} parameters need "
+            f"{checkpoints} checkpoints and {copies} Hugging Face folders of {parameters:,} parameters need "
             f"{needed / 2**30:,.1f} GiB more, and {config.output} has {free / 2**30:,.1f} GiB",
-            fix="make room, or name another --output",
+            fix="make room, lower keep_last_saves, or name another --output",
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 from megatron_octo.config.rl import RewardTerms
 from megatron_octo.grading import grade
@@ -24,6 +25,8 @@ class Reward:
     """Share of its n-grams that occurred in it before."""
     failed: bool = False
     """The grading itself broke; the response then counts as wrong."""
+    seconds: float = 0.0
+    """The processor's time that it took in this thread."""
 
     def logs(self) -> dict[str, float]:
         """What OpenRLHF averages over a step."""
@@ -32,6 +35,7 @@ class Reward:
             "boxed": float(self.boxed),
             "repetition": self.repetition,
             "reward_error": float(self.failed),
+            "reward_s": self.seconds,
         }
 
 
@@ -40,6 +44,11 @@ FAILED = Reward(WRONG, correct=False, boxed=False, repetition=0.0, failed=True)
 
 def reward(response: str, reference: str, terms: RewardTerms) -> Reward:
     """Grade a response. Never raises: one that broke the grading must not end hours of work."""
+    began = time.thread_time()
+    return replace(_graded(response, reference, terms), seconds=time.thread_time() - began)
+
+
+def _graded(response: str, reference: str, terms: RewardTerms) -> Reward:
     try:
         graded = grade(response, reference)
         boxed = graded.answer is not None

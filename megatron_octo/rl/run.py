@@ -6,30 +6,26 @@ was killed goes on from its last checkpoint, with the prompts that it had not us
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TextIO
 
-from megatron_octo import console, lineage, rundir
+from megatron_octo import console, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.rl import LengthStage, RLConfig
 from megatron_octo.errors import OctoError, VerificationError
-from megatron_octo.lineage import Lineage
-from megatron_octo.rl import agent, collect, prompts
+from megatron_octo.rl import agent, collect, prompts, saves, watch
 from megatron_octo.rl.cluster import Cluster, RunFailed, cluster, meaningful, require_linux
-from megatron_octo.rl.command import AGENT, CHECKPOINTS, FINAL, PROMPTS, TENSORBOARD, VALIDATION, command
+from megatron_octo.rl.command import AGENT, FINAL, PROMPTS, TENSORBOARD, VALIDATION, command
+from megatron_octo.rl.follow import LOG, ROLL_BACKS, Follower, following, roll_backs
 from megatron_octo.rl.preflight import check, has_gpu
 
-LOG = "log/openrlhf.log"
 HF = "hf"
-LARGEST_VLLM_KL = 1e-3
-"""Beyond it vLLM samples from other weights than those trained; with equal ones it is near 1e-4 in bf16."""
-COPIED_FILES = ("generation_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja")
+MAY_DIFFER = ("watch", "keep_last_saves")
+"""Settings that a rerun may change."""
 
 log = console.logger(__name__)
 
@@ -46,8 +42,8 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
 
     Raises:
         BadInput: a model, a prompt file or a setting is wrong. Nothing is written then.
-        VerificationError: vLLM and the trainer disagreed, or metrics or weights are missing.
-        OctoError: OpenRLHF failed; the message has the end of its log.
+        VerificationError: metrics or weights are missing, or a border of the length schedule was missed.
+        OctoError: the watch stopped a run, or OpenRLHF failed; the message has the end of its log.
     """
     pending = [config for config in configs if not _skip(config)]
     if pending:
@@ -55,17 +51,24 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
         cuda = has_gpu()
         plans = [check(config, cuda=cuda) for config in pending]
         num_gpus, work = max(config.num_gpus for config in pending), deque(zip(pending, plans, strict=True))
-        while work:  # a run that ends at a border of its length schedule leaves no cluster to go on with
-            with cluster(num_gpus=num_gpus, cuda=cuda) as engine:
-                while work and _run(work[0][0], *work[0][1], engine, cuda=cuda):
-                    work.popleft()
+        while work:
+            # one that ends at a border of its length schedule, or in trouble, leaves no cluster to go on with
+            try:
+                with cluster(num_gpus=num_gpus, cuda=cuda) as engine:
+                    while work and _run(work[0][0], *work[0][1], engine, cuda=cuda):
+                        work.popleft()
+            except watch.Trouble as trouble:
+                _answer(work[0][0], trouble.finding)
     return [config.output / HF for config in configs]
 
 
 def _skip(config: RLConfig) -> bool:
     rundir.check_free(config.output)
     rundir.check_config(
-        config.output, to_dict(config), fix="give this run another --output, or the settings of the folder"
+        config.output,
+        to_dict(config),
+        fix="give this run another --output, or the settings of the folder",
+        may_differ=MAY_DIFFER,
     )
     if rundir.is_done(config.output):
         log.info("%s: RL is done, skipped", config.output)
@@ -79,7 +82,7 @@ def _run(
     """Go on with a run to its end, or to the next border of its length schedule; returns whether that is its end."""
     output = config.output
     with rundir.lock(output):
-        rundir.claim(output, to_dict(config))
+        rundir.claim(output, to_dict(config), may_differ=MAY_DIFFER)
         began = time.monotonic()
         prompts.write_prompts(output / PROMPTS, plan.prompts)
         if plan.validation:
@@ -87,179 +90,100 @@ def _run(
         rundir.write_atomic(output / AGENT, agent.FILE)
         rundir.write_json(output / prompts.REPORT, asdict(report))
         log.info("%s: %s", config.name, report.describe(config))
-        done = _resume_from(output / CHECKPOINTS)
+        done = saves.resume(output)
         stage = next((each for each in config.stages if each.end > done), config.stages[-1])
         if done:
             log.info("%s: goes on after step %d of %d", config.name, done, config.num_steps)
-        (output / "log").mkdir(exist_ok=True)
-        with (output / LOG).open("a") as file:
-            watch = Watch.after(config, done, file, cuda=cuda)
-            log.info(
-                "%s: OpenRLHF starts, responses of up to %s tokens; log: %s",
-                config.name,
-                f"{stage.max_response_tokens:,}",
-                output / LOG,
-            )
-            arguments = command(config, stage=stage, num_episodes=plan.num_episodes, cuda=cuda)
+        seeded = replace(config, seed=config.seed + len(roll_backs(output)))  # the order of the prompts is in the save
+        arguments = command(seeded, stage=stage, num_episodes=plan.num_episodes, cuda=cuda)
+        with following(config, done, cuda=cuda) as follower:
+            length = f"{stage.max_response_tokens:,}"
+            log.info("%s: OpenRLHF starts, responses of up to %s tokens; log: %s", config.name, length, output / LOG)
             try:
-                ended = engine.run(arguments, watch.line, lambda: _is_at_border(config, stage))
+                ended = engine.run(arguments, follower.line, lambda: _is_at_border(config, stage, follower))
             except RunFailed as failure:
-                raise _failure(config, watch, failure) from None
+                raise _failure(config, follower, failure) from None
         if not ended:
             log.info("%s: step %d is saved, and longer responses begin", config.name, stage.end)
             return False
-        rows = collect.read_metrics(output / collect.METRICS)
-        if len(rows) < config.num_steps:
-            rows = collect.fill_gaps(rows, collect.read_events(output / TENSORBOARD), config.num_steps)
-            collect.write_metrics(output / collect.METRICS, rows)
-        if len(rows) != config.num_steps:
-            raise VerificationError(
-                f"{config.name}: OpenRLHF reported {len(rows)} steps instead of {config.num_steps}",
-                fix=f"see {output / LOG}",
-            )
+        rows = _all_rows(config)
+        saves.take(config, rows)
         _finish(config, rows)
         log.info("%s: done in %s; %s", config.name, console.duration(time.monotonic() - began), output / HF)
         return True
 
 
-@dataclass(slots=True)
-class Watch:
-    """Reads OpenRLHF's lines as they come: log file, metrics, a console line a step, the check of the weights."""
+def _all_rows(config: RLConfig) -> list[collect.Row]:
+    """The metrics of a run that ended, with TensorBoard's for lines that were lost.
 
-    config: RLConfig
-    file: TextIO
-    cuda: bool
-    time_before_s: float
-    """What earlier attempts took."""
-    began: float = field(default_factory=time.monotonic)
-    recent: list[str] = field(default_factory=list)
-    """Lines since the last step: where the reason of a failure is."""
-
-    @classmethod
-    def after(cls, config: RLConfig, done: int, file: TextIO, *, cuda: bool) -> Watch:
-        """Go on after `done` steps: later rows of metrics.jsonl are of steps that will be done again."""
-        path = config.output / collect.METRICS
-        rows = collect.read_metrics(path)
-        before = max((row["time_s"] for row in rows), default=0.0)
-        collect.write_metrics(path, [row for row in rows if row["step"] <= done])
-        return cls(config, file, cuda, before)
-
-    def line(self, text: str) -> None:
-        """Take one line.
-
-        Raises:
-            VerificationError: it reports a step whose samples came from other weights than those trained.
-        """
-        self.file.write(text + "\n")
-        self.file.flush()
-        self.recent.append(text)
-        row = collect.parse_step(text)
-        if row is not None:
-            self.recent.clear()
-            row["time_s"] = round(self.time_before_s + time.monotonic() - self.began, 3)
-            collect.append_metrics(self.config.output / collect.METRICS, row)
-            log.info("%s", step_line(row, self.config.num_steps))
-            self._check(row)
-        scores = collect.parse_validation(text)
-        if scores is not None:
-            path = self.config.output / collect.METRICS
-            collect.write_metrics(path, collect.joined(collect.read_metrics(path), scores))
-            log.info("%s", validation_line(scores))
-
-    def _check(self, row: collect.Row) -> None:
-        if row.get("rl/reward_error_share", 0.0) > 0:
-            log.warning("step %d: %.1f%% of the rewards failed", row["step"], 100 * row["rl/reward_error_share"])
-        kl = row.get("rl/vllm_kl")
-        if kl is not None and abs(kl) < LARGEST_VLLM_KL:
-            return
-        what = (
-            f"{self.config.name}, step {row['step']}: vllm_kl is {kl}, not within {LARGEST_VLLM_KL:g}: vLLM's "
-            "log-probabilities differ from the trainer's"
-        )
-        if self.cuda:  # other kernels, and bf16
-            log.warning("%s", what)
-            return
-        raise VerificationError(
-            f"{what}, as they do when it samples from old weights",
-            fix=f"see {self.config.output / LOG}; check the versions of openrlhf and vllm against the lock",
-        )
-
-
-def step_line(row: collect.Row, num_steps: int) -> str:
-    """A step for the console."""
-    parts = [f"step {int(row['step'])}/{num_steps}"]
-    for name, label, form in (
-        ("rl/reward_mean", "reward", "{:+.3f}"),
-        ("rl/accuracy", "right", "{:.1%}"),
-        ("rl/response_length_mean", "length", "{:.1f}"),
-        ("rl/truncated_share", "cut off", "{:.1%}"),
-        ("rl/vllm_kl", "vllm_kl", "{:.1e}"),
-        ("optim/grad_norm", "grad", "{:.2f}"),
-        ("rl/step_s", "", "{:.1f}s"),
-    ):
-        if name in row:
-            parts.append(f"{label} {form.format(row[name])}".strip())
-    return "  ".join(parts)
-
-
-def validation_line(scores: collect.Row) -> str:
-    """A validation for the console."""
-    right = {name.split("/")[1]: value for name, value in scores.items() if name.endswith("/accuracy")}
-    return "  ".join([f"step {int(scores['step'])}", "validation", *(f"{name} {v:.1%}" for name, v in right.items())])
-
-
-def _resume_from(folder: Path) -> int:
-    """The step of the last whole checkpoint, 0 for none. Removes torn ones, at which OpenRLHF would stumble.
-
-    DeepSpeed writes the file `latest` after all others; a folder that it does not name is either
-    older, and not needed, or was being written when the run was killed.
+    Raises:
+        VerificationError: some step was reported by neither.
     """
-    actor = folder / "_actor"
-    step = _latest_step(actor)
-    if not step:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(actor)
-    for other in _checkpoints(actor):
-        if other.name != f"global_step{step}":
-            shutil.rmtree(other)
-    return step
+    path = config.output / collect.METRICS
+    rows = collect.read_metrics(path)
+    if len(rows) < config.num_steps:
+        rows = collect.fill_gaps(rows, collect.read_events(config.output / TENSORBOARD), config.num_steps)
+        collect.write_metrics(path, rows)
+    if len(rows) != config.num_steps:
+        raise VerificationError(
+            f"{config.name}: OpenRLHF reported {len(rows)} steps instead of {config.num_steps}",
+            fix=f"see {config.output / LOG}",
+        )
+    return rows
 
 
-def _is_at_border(config: RLConfig, stage: LengthStage) -> bool:
-    """Whether the checkpoint at the end of a stage is there, with its validation, and another stage follows.
+def _answer(config: RLConfig, finding: watch.Finding) -> None:
+    """Do what a finding asks for, now that OpenRLHF has ended: have the run go back to an earlier save, or stop.
+
+    Raises:
+        OctoError: it is to stop, or there is no save to go back to.
+    """
+    output = config.output
+    said = f"{config.name}, step {finding.step}: {finding.what}"
+    with rundir.lock(output):
+        steps = saves.checkpoints(output)
+        good = max((step for step in steps if step < finding.since), default=0)
+        if finding.action == "roll_back" and good:
+            back = {"step": finding.step, "to": good, "what": finding.what}
+            rundir.write_json(output / ROLL_BACKS, [*roll_backs(output), back])
+            saves.go_back(output, good)
+            log.warning("%s; rolled back to step %d, the samples that follow are drawn anew", said, good)
+            return
+        # OpenRLHF may have saved the step at fault while it was being ended
+        saves.go_back(output, max((step for step in steps if step < finding.step), default=0))
+    before = f"the last save from before step {finding.since} is of step {good}" if good else "no save is from before"
+    raise OctoError(
+        f"{said}; {before}",
+        fix=f"see {output / LOG} and docs/rl.md; run it again with watch.on_* roll_back to go back to such a save, "
+        "log to go on from the last one, or begin anew with other settings in another folder",
+    )
+
+
+def _is_at_border(config: RLConfig, stage: LengthStage, follower: Follower) -> bool:
+    """Look after the saves; whether that at the end of the stage is there, with its validation, and another follows.
 
     Raises:
         VerificationError: a later one is there already: it was trained with the responses of the stage before.
     """
+    follower.poll()
     if stage.end == config.num_steps:
         return False
-    saved = _latest_step(config.output / CHECKPOINTS / "_actor")
+    saved = saves.last(config.output)
     if saved > stage.end:
         raise VerificationError(
             f"{config.name}: step {saved} was saved before the run could be stopped at step {stage.end}",
             fix="save less often (save_every_steps), or put the border elsewhere; begin anew in another folder",
         )
-    return saved == stage.end and (not config.validates_at(stage.end) or _is_validated(config, stage.end))
+    whole = saved == stage.end and stage.end in saves.copies(config.output)
+    return whole and (not config.validates_at(stage.end) or _is_validated(follower.rows, stage.end))
 
 
-def _is_validated(config: RLConfig, step: int) -> bool:
-    rows = collect.read_metrics(config.output / collect.METRICS)
-    return any(row["step"] == step and any(name.startswith("valid/") for name in row) for row in rows)
+def _is_validated(rows: Sequence[collect.Row], step: int) -> bool:
+    return any(row["step"] == step and collect.validation(row) is not None for row in rows)
 
 
-def _latest_step(actor: Path) -> int:
-    """The step of the last whole checkpoint, 0 for none. DeepSpeed writes `latest` after all else."""
-    latest = actor / "latest"
-    tag = latest.read_text().strip() if latest.exists() else ""
-    return int(tag.removeprefix("global_step")) if tag and (actor / tag).is_dir() else 0
-
-
-def _checkpoints(actor: Path) -> Iterator[Path]:
-    return (path for path in actor.glob("global_step*") if path.is_dir())
-
-
-def _failure(config: RLConfig, watch: Watch, failure: RunFailed) -> OctoError:
-    end = "\n".join(f"    {line}" for line in meaningful(watch.recent))
+def _failure(config: RLConfig, follower: Follower, failure: RunFailed) -> OctoError:
+    end = "\n".join(f"    {line}" for line in meaningful(follower.recent))
     return OctoError(
         f"{config.name}: OpenRLHF failed: {failure}\n{end}",
         fix=f"the whole log is {config.output / LOG}; run it again to go on from the last checkpoint",
@@ -267,27 +191,11 @@ def _failure(config: RLConfig, watch: Watch, failure: RunFailed) -> OctoError:
 
 
 def _finish(config: RLConfig, rows: Sequence[collect.Row]) -> None:
-    """OpenRLHF's final folder -> hf/, with what it leaves out; then DONE."""
+    """OpenRLHF's final folder -> hf/; then DONE."""
     output, final = config.output, config.output / FINAL
     if not any(final.glob("*.safetensors")):
         raise VerificationError(f"{config.name}: OpenRLHF left no weights in {final}", fix=f"see {output / LOG}")
-    with rundir.new_folder(output / HF) as folder:
-        for path in sorted(final.iterdir()):
-            shutil.copy2(path, folder / path.name)
-        for name in COPIED_FILES:
-            if (config.model / name).is_file():
-                shutil.copy2(config.model / name, folder / name)
-        samples = config.prompts_per_step * config.samples_per_prompt
-        lineage.write(
-            folder,
-            Lineage(
-                name=config.name,
-                kind="rl",
-                weights_sha256=rundir.sha256_folder(folder, "*.safetensors"),
-                step=config.num_steps,
-                tokens=round(sum(row.get("rl/response_length_mean", 0.0) for row in rows) * samples),
-                parent=lineage.read_if_present(config.model),
-            ),
-        )
+    saves.rotate(config, rows)
+    saves.write_copy(config, final, output / HF, step=config.num_steps, rows=rows)
     shutil.rmtree(final)
     rundir.mark_done(output)

@@ -14,6 +14,7 @@ from megatron_octo.rl.collect import (
     parse_validation,
     read_events,
     read_metrics,
+    validation,
     write_metrics,
 )
 
@@ -77,6 +78,28 @@ def test_scores_are_in_the_event_files_too(tmp_path: Path) -> None:
     write_events(tmp_path / "run", [(3, 1.0, {"acc": 0.5})])
     write_events(tmp_path / "run", [(3, 2.0, {"eval_toy_pass1": 0.75})], kind="eval")
     assert read_events(tmp_path) == {3: {"step": 3, "rl/accuracy": 0.5, "valid/toy/accuracy": 0.75}}
+
+
+def test_lengths_of_right_and_wrong_responses_come_from_what_all_have() -> None:
+    """Three responses of 10, 20 and 60 tokens; the first two are right."""
+    means = {"acc": 2 / 3, "right_tokens": (10 + 20) / 3, "rollout/response_length_mean": 30.0}
+    row = parse_step(f"Global step 1: {means}")
+    assert row is not None and "rl/right_tokens" not in row
+    assert row["rl/right_length_mean"] == pytest.approx(15.0)
+    assert row["rl/wrong_length_mean"] == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize(("accuracy", "length"), [(1.0, "rl/right_length_mean"), (0.0, "rl/wrong_length_mean")])
+def test_where_all_are_right_or_wrong_there_is_one_length(accuracy: float, length: str) -> None:
+    means = {"acc": accuracy, "right_tokens": 30.0 * accuracy, "rollout/response_length_mean": 30.0}
+    row = parse_step(f"Global step 1: {means}")
+    assert row is not None and {"rl/right_length_mean", "rl/wrong_length_mean"} & set(row) == {length}
+    assert row[length] == pytest.approx(30.0)
+
+
+def test_validation_is_the_mean_over_its_sets() -> None:
+    assert validation({"step": 1, "valid/a/accuracy": 0.2, "valid/b/accuracy": 0.6, "rl/accuracy": 1.0}) == 0.4
+    assert validation({"step": 1, "rl/accuracy": 1.0, "valid/a/length": 3.0}) is None
 
 
 @pytest.mark.parametrize(

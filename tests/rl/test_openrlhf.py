@@ -10,17 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_octo import rundir
+from megatron_octo import lineage, rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.config.rl import RLConfig, ValidationConfig, ValidationSet
+from megatron_octo.config.rl import RLConfig, RLWatchConfig, ValidationConfig, ValidationSet
+from megatron_octo.lineage import Lineage
+from megatron_octo.rl import saves
 from megatron_octo.rl.collect import read_metrics
-from megatron_octo.rl.run import LARGEST_VLLM_KL, has_gpu
+from megatron_octo.rl.run import has_gpu
+from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
 from tests.conftest import REPOSITORY
 from tests.rl.conftest import NUM_BOXES, write_tokenizer
 
@@ -32,6 +36,7 @@ pytestmark = [
     pytest.mark.skipif(has_gpu(), reason="the tiny model is for machines without a GPU"),
 ]
 LEARNING_RATE = 5e-3  # far enough in two steps for old weights to show in vllm_kl
+PROMPTS_PER_STEP = 4
 TAG = "OCTO_TEST_RUN"
 START_TIMEOUT_S = 600
 ENDING_TIMEOUT_S = 180
@@ -63,12 +68,16 @@ def write_model(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 256}))
 
 
-def start(config: RLConfig) -> subprocess.Popen[str]:
-    """Run it as a user does; it leads a process group, and all it starts can be found again (`left`)."""
+def start(config: RLConfig, *, healed: Path | None = None) -> subprocess.Popen[str]:
+    """Run it as a user does; it leads a process group, and all it starts can be found again (`left`).
+
+    With `healed`, faults are planted, and old weights among them are cured once that file is there.
+    """
     path = config.prompts.with_name("config.json")
     rundir.write_json(path, to_dict(config))
+    program = ["megatron_octo", "rl", str(path)] if healed is None else ["tests.rl.planted", str(path), str(healed)]
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_octo", "rl", str(path)],
+        [sys.executable, "-m", *program],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", TAG: str(config.output)},
         stdout=subprocess.DEVNULL,
@@ -106,15 +115,28 @@ def first_prompts(output: Path, log: str) -> list[str]:
     return [next(prompt for prompt in known if sample.startswith(prompt)) for sample in samples]
 
 
+def prompt_steps(output: Path, prompts: Sequence[str]) -> list[int]:
+    """The step to which each of these prompts belongs in the order that the last checkpoint holds."""
+    import torch
+
+    state = sampler_state(data_state(output, saves.last(output))["data_loader_state_dict"])
+    generator = torch.Generator()
+    generator.set_state(state["generator"])
+    known = [json.loads(line)["input"] for line in (output / "prompts.jsonl").read_text().splitlines()]
+    order = torch.randperm(len(known), generator=generator).tolist()
+    return [order.index(known.index(prompt)) // PROMPTS_PER_STEP + 1 for prompt in prompts]
+
+
 @pytest.fixture
-def killed(config: RLConfig) -> RLConfig:
-    """A run of three steps, killed with all its process group once the second is saved."""
+def learnable(config: RLConfig) -> RLConfig:
+    """A run of three steps, each of them saved, that finds about half of the answers."""
     write_model(config.model)
+    lineage.write(config.model, Lineage(name="branch", kind="export", weights_sha256="x"))
     rows = [json.loads(line) for line in config.prompts.read_text().splitlines()]
     config.prompts.write_text("".join(json.dumps({**row, "label": "1"}) + "\n" for row in rows))
     asked = config.prompts.with_name("asked.jsonl")
     asked.write_text("".join(json.dumps({"input": f"Find {i}+2.\n", "label": "1"}) + "\n" for i in range(6)))
-    config = replace(
+    return replace(
         config,
         num_steps=3,
         save_every_steps=1,
@@ -129,6 +151,12 @@ def killed(config: RLConfig) -> RLConfig:
             max_response_tokens=2,
         ),
     )
+
+
+@pytest.fixture
+def killed(learnable: RLConfig) -> RLConfig:
+    """Killed with all its process group once the second step is saved."""
+    config = learnable
     process = start(config)
     latest = config.output / "openrlhf/_actor/latest"
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -158,7 +186,7 @@ def test_a_killed_run_goes_on_with_the_next_prompts_and_vllm_always_has_the_trai
 
     rows = read_metrics(output / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(abs(row["rl/vllm_kl"]) < LARGEST_VLLM_KL for row in rows)
+    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU for row in rows)
     assert all(row["optim/grad_norm"] > 0 and row["rl/reward_error_share"] == 0 for row in rows)
     assert 0.2 < rows[0]["rl/accuracy"] < 0.8
     # One token in five ends a box. Without stop strings one response in twenty would end before its 16 tokens.
@@ -170,25 +198,55 @@ def test_a_killed_run_goes_on_with_the_next_prompts_and_vllm_always_has_the_trai
     assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
 
     assert rundir.is_done(output) and rundir.is_done(output / "hf")
+    copies = saves.copies(output)  # the kill may have torn that of step 2
+    assert copies[-1] == 3 and all(rundir.is_done(saves.copy_folder(output, step)) for step in copies)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trained = AutoModelForCausalLM.from_pretrained(output / "hf")
     assert trained.generation_config.eos_token_id == 256
     assert AutoTokenizer.from_pretrained(output / "hf").eos_token == "</s>"
 
-    import torch
-
-    # The order of the prompts is one permutation; a step uses the next four of it, before and after the kill.
+    # A step uses the next four prompts of one permutation, before and after the kill.
     state_after = data_state(output, 3)
     assert (state_before["total_consumed_prompts"], state_after["total_consumed_prompts"]) == (8, 12)
-    generator = torch.Generator()
-    generator.set_state(sampler_state(state_after["data_loader_state_dict"])["generator"])
-    order = torch.randperm(12, generator=generator).tolist()
-    prompts = [json.loads(line)["input"] for line in (output / "prompts.jsonl").read_text().splitlines()]
     log = (output / "log/openrlhf.log").read_text()
     shown = [*first_prompts(output, log_before)[:2], first_prompts(output, log)[-1]]
-    for step, prompt in enumerate(shown):
-        assert order.index(prompts.index(prompt)) // 4 == step
+    assert prompt_steps(output, shown) == [1, 2, 3]
+
+
+def test_old_weights_are_caught_and_a_reward_that_raises_poisons_nothing(learnable: RLConfig) -> None:
+    config = replace(learnable, num_steps=4, watch=RLWatchConfig(on_stale_weights="roll_back"))
+    output = config.output
+    process = start(config, healed=output / "roll_backs.json")
+    _, errors = process.communicate(timeout=2 * START_TIMEOUT_S)
+    assert process.returncode == 0, errors
+    assert not left(config)
+
+    (back,) = rundir.read_json(output / "roll_backs.json")
+    assert back["to"] == back["step"] - 1 and "old weights" in back["what"]
+    assert f"rolled back to step {back['to']}" in errors
+
+    rows = read_metrics(output / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU for row in rows), "cured by the roll back"
+    assert 0 < max(row["rl/reward_error_share"] for row in rows) < 1 and all(row["optim/grad_norm"] > 0 for row in rows)
+    for row in rows:  # a response whose grading failed is a wrong one
+        assert row["rl/accuracy"] <= 1 - row["rl/reward_error_share"]
+        assert row["rl/reward_mean"] == pytest.approx(2 * row["rl/accuracy"] - 1)
+
+    shown = first_prompts(output, (output / "log/openrlhf.log").read_text())
+    assert prompt_steps(output, shown) == [*range(1, back["step"] + 1), *range(back["step"], 5)]
+
+    assert saves.checkpoints(output) == [3, 4]
+    best = rundir.read_json(output / "saves/best.json")["step"]
+    assert saves.copies(output) == sorted({best, 3, 4})
+    for step in saves.copies(output):
+        link = lineage.read(saves.copy_folder(output, step))
+        assert [each.name for each in link.chain()] == ["branch", "test-rl"] and link.step == step
+    final, last = (
+        rundir.sha256(folder / "model.safetensors") for folder in (output / "hf", saves.copy_folder(output, 4))
+    )
+    assert final == last
 
 
 def sampler_state(state: Any) -> dict[str, Any]:

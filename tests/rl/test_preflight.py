@@ -112,7 +112,8 @@ def test_a_grading_that_breaks_is_refused(config: RLConfig, monkeypatch: pytest.
 
 def test_a_disk_without_room_for_the_saves_is_refused(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_parameters(config.model) == 1000
-    needed = 1000 * (2 * 14 + 2 * 2)  # two checkpoints, and the exports
+    assert config.keep_last_saves == 2
+    needed = 1000 * (3 * 14 + 6 * 2)  # one checkpoint more, while it is written; copies, the best, and the last's two
     for free, written, fits in ((needed, 0, True), (needed - 1, 0, False), (needed - 1, 1, True)):
         monkeypatch.setattr(rundir, "free_bytes", lambda _, free=free: free)
         (config.output / "openrlhf").mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def test_a_disk_without_room_for_the_saves_is_refused(config: RLConfig, monkeypa
         if fits:
             check_disk(config)
         else:
-            with pytest.raises(BadInput, match="2 checkpoints and the export of 1,000 parameters"):
+            with pytest.raises(BadInput, match="3 checkpoints and 6 Hugging Face folders of 1,000 parameters"):
                 check_disk(config)
 
 

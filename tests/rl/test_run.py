@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import pytest
 
 from megatron_octo import lineage, rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.config.rl import LongerResponses, RLConfig, ValidationConfig, ValidationSet
+from megatron_octo.config.rl import LongerResponses, RLConfig, RLWatchConfig, ValidationConfig, ValidationSet
 from megatron_octo.errors import BadInput, OctoError, SettingsError, VerificationError
 from megatron_octo.lineage import Lineage
-from megatron_octo.rl import collect, preflight, run
+from megatron_octo.rl import collect, preflight, run, saves
 from megatron_octo.rl.cluster import RunFailed, meaningful
 from megatron_octo.rl.run import run_all, run_rl
 from tests.conftest import snapshot
@@ -26,7 +27,8 @@ Replaced = Callable[..., RLConfig]
 
 
 def step(number: int, **values: float) -> str:
-    reported = {"acc": 0.5, "vllm_kl": 1e-4, "rollout/reward_mean": 0.0, "rollout/response_length_mean": 10.0, **values}
+    usual = {"acc": 0.5, "vllm_kl": 1e-4, "actor_grad_norm": 1.0, "policy_loss": 0.0, "rollout/reward_mean": 0.0}
+    reported = {**usual, "rollout/response_length_mean": 10.0, **values}
     return f"(PPOTrainer pid=1) INFO ppo_trainer.py:551] Global step {number}: {reported}"
 
 
@@ -75,22 +77,30 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     return install
 
 
-class StagedEngine(FakeEngine):
+class SavingEngine(FakeEngine):
     """Goes on from the last checkpoint, saves each step, and is stopped where it is asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, line: Callable[[int, int], str] = lambda number, run: step(number)) -> None:
         super().__init__([])
+        self.line = line
+        """Of a step, in a run of OpenRLHF (the first is 0)."""
         self.stages: list[tuple[int, str]] = []
+        """The step after which each run began, and its longest response."""
+        self.seeds: list[str] = []
 
     def run(self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool]) -> bool:
         flags = dict(itertools.pairwise(arguments))
         actor = Path(flags["--ckpt.path"]) / "_actor"
         done = int((actor / "latest").read_text().removeprefix("global_step")) if (actor / "latest").exists() else 0
         self.stages.append((done, flags["--rollout.max_new_tokens"]))
-        for number in range(done + 1, 4):
-            on_line(step(number))
+        self.seeds.append(flags["--train.seed"])
+        for number in range(done + 1, int(flags["--ckpt.max_num"]) + 1):
+            on_line(self.line(number, len(self.stages) - 1))
             (actor / f"global_step{number}").mkdir(parents=True)
             (actor / "latest").write_text(f"global_step{number}")
+            if until():
+                return False
+            write_openrlhf_copy(actor.parent / f"global_step{number}_hf")
             if until():
                 return False
         return super().run(arguments, on_line, until)
@@ -124,12 +134,14 @@ def test_validation_reaches_the_metrics_and_the_console(
 def test_a_stage_ends_after_the_validation_of_its_last_step(
     replaced: Replaced, asked: ValidationConfig, use: Use
 ) -> None:
-    class Engine(StagedEngine):
+    class Engine(SavingEngine):
         stopped_at_save = 0
 
         def run(self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool]) -> bool:
             def asks() -> bool:
                 number = int((actor / "latest").read_text().removeprefix("global_step"))
+                if not (actor.parent / f"global_step{number}_hf").exists():
+                    return until()
                 self.stopped_at_save += until()
                 on_line(validation(number, 0.5))
                 return until()
@@ -146,6 +158,14 @@ def test_a_stage_ends_after_the_validation_of_its_last_step(
     assert [row["valid/toy/accuracy"] for row in rows] == [0.5] * 3
 
 
+def write_openrlhf_copy(folder: Path) -> Path:
+    """A Hugging Face folder as OpenRLHF leaves it: tokenizer.json comes last."""
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(folder.name.encode())
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
 SCHEDULE = (
     LongerResponses(after_step=1, max_response_tokens=20),
     LongerResponses(after_step=2, max_response_tokens=24),
@@ -155,7 +175,7 @@ SCHEDULE = (
 def test_a_length_schedule_is_a_chain_of_runs_that_go_on_from_each_other(
     replaced: Replaced, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, opened = StagedEngine(), []
+    engine, opened = SavingEngine(), []
     use(engine)
     clusters = run.cluster
     monkeypatch.setattr(run, "cluster", lambda **options: opened.append(1) or clusters(**options))
@@ -164,11 +184,12 @@ def test_a_length_schedule_is_a_chain_of_runs_that_go_on_from_each_other(
     assert engine.stages == [(0, "16"), (1, "20"), (2, "24")]
     assert len(opened) == 3, "what ran beyond a border must be gone before the next stage"
     assert [row["step"] for row in collect.read_metrics(config.output / "metrics.jsonl")] == [1, 2, 3]
+    assert saves.copies(config.output) == [2, 3], "a run ends at a border when its copy is whole"
     assert rundir.is_done(config.output)
 
 
 def test_a_run_killed_in_its_second_stage_goes_on_in_it(replaced: Replaced, use: Use) -> None:
-    engine, config = StagedEngine(), replaced(num_steps=3, longer_responses=SCHEDULE[:1])
+    engine, config = SavingEngine(), replaced(num_steps=3, longer_responses=SCHEDULE[:1])
     actor = config.output / "openrlhf" / "_actor"
     (actor / "global_step2").mkdir(parents=True)
     (actor / "latest").write_text("global_step2")
@@ -229,27 +250,107 @@ def test_a_finished_run_is_skipped_and_others_are_refused_its_folder(
     assert snapshot(config.output) == before
 
 
-def test_stale_weights_stop_a_run_on_the_cpu(config: RLConfig, use: Use) -> None:
-    use(FakeEngine([step(1), step(2, vllm_kl=-0.09)]))
-    with pytest.raises(VerificationError, match=r"step 2: vllm_kl is -0.09.*old weights"):
+def stale_at(bad: int, runs: int) -> Callable[[int, int], str]:
+    """Lines of an engine that has old weights at step `bad`, in its first `runs` runs."""
+    return lambda number, run: step(number, vllm_kl=-0.09 if number == bad and run < runs else 1e-4)
+
+
+def test_stale_weights_stop_a_run_and_its_saves_stay(replaced: Replaced, use: Use) -> None:
+    config = replaced(num_steps=4)
+    use(SavingEngine(stale_at(3, runs=1)))
+    with pytest.raises(OctoError, match=r"step 3: vllm_kl is -0.09.*old weights.*save from before step 3 is of step 2"):
         run_rl(config)
     assert not rundir.is_done(config.output) and not (config.output / "hf").exists()
+    assert saves.checkpoints(config.output) == saves.copies(config.output) == [1, 2]
+    engine = SavingEngine()
+    use(engine)
+    run_rl(config)
+    assert engine.stages == [(2, "16")]
 
 
-def test_a_step_without_vllm_kl_stops_a_run_on_the_cpu(config: RLConfig, use: Use) -> None:
-    use(FakeEngine([step(1, vllm_kl=float("nan"))]))
-    with pytest.raises(VerificationError, match="vllm_kl is None"):
+def test_a_step_without_numbers_stops_a_run_before_it_is_saved(config: RLConfig, use: Use) -> None:
+    use(SavingEngine(lambda number, _: step(number, vllm_kl=float("nan"), actor_grad_norm=float("inf"))))
+    with pytest.raises(
+        OctoError, match="step 1: rl/vllm_kl, optim/grad_norm: no finite number; no save is from before"
+    ):
         run_rl(config)
+    assert saves.checkpoints(config.output) == []
 
 
-def test_on_a_gpu_a_large_vllm_kl_is_a_warning(
-    config: RLConfig, use: Use, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_step_at_fault_that_openrlhf_saved_while_it_was_ended_is_not_gone_on_from(
+    replaced: Replaced, use: Use
 ) -> None:
+    class Late(SavingEngine):
+        def run(self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool]) -> bool:
+            lines: list[str] = []
+            super().run(arguments, lines.append, lambda: False)
+            for line in lines:
+                on_line(line)
+            return True
+
+    config = replaced(num_steps=4)
+    use(Late(lambda number, _: step(number, policy_loss=float("nan") if number == 3 else 0.0)))
+    with pytest.raises(OctoError, match=r"step 3: rl/policy_loss: no finite number; the last save .* is of step 2"):
+        run_rl(config)
+    assert saves.checkpoints(config.output) == [1, 2] and saves.last(config.output) == 2
+
+
+def test_a_gpu_s_kernels_may_differ_more(config: RLConfig, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     use(FakeEngine([step(1), step(2, vllm_kl=0.01)]))
     monkeypatch.setattr(run, "has_gpu", lambda: True)
     monkeypatch.setattr(preflight, "visible_gpus", lambda: 1)
     run_rl(config)
-    assert "vllm_kl is 0.01" in caplog.text
+    assert rundir.is_done(config.output)
+
+
+def test_a_run_rolls_back_to_the_save_before_the_trouble_and_draws_other_samples(
+    replaced: Replaced, use: Use, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replaced(num_steps=4, keep_last_saves=3, watch=RLWatchConfig(on_stale_weights="roll_back"))
+    engine = SavingEngine(stale_at(3, runs=1))
+    use(engine)
+    run_rl(config)
+    assert engine.stages == [(0, "16"), (2, "16")]
+    assert engine.seeds == ["42", "43"]
+    assert "rolled back to step 2" in caplog.text
+    assert [(back["step"], back["to"]) for back in rundir.read_json(config.output / "roll_backs.json")] == [(3, 2)]
+    rows = collect.read_metrics(config.output / "metrics.jsonl")
+    assert [(row["step"], row["rl/vllm_kl"]) for row in rows] == [(number, 1e-4) for number in (1, 2, 3, 4)]
+    assert rundir.is_done(config.output)
+
+
+def test_roll_backs_are_bounded_and_counted_across_restarts(replaced: Replaced, use: Use) -> None:
+    config = replaced(num_steps=4, watch=RLWatchConfig(on_stale_weights="roll_back", most_roll_backs=2))
+    engine = SavingEngine(stale_at(3, runs=9))
+    use(engine)
+    for runs in (3, 4):
+        with pytest.raises(OctoError, match="after 2 roll backs; the last save from before step 3 is of step 2"):
+            run_rl(config)
+        assert len(engine.stages) == runs
+    assert engine.seeds == ["42", "43", "44", "44"]
+
+
+def test_a_run_that_was_stopped_goes_on_with_another_policy(replaced: Replaced, use: Use) -> None:
+    config = replaced(num_steps=4)
+    use(SavingEngine(stale_at(3, runs=1)))
+    with pytest.raises(OctoError):
+        run_rl(config)
+    engine = SavingEngine(stale_at(3, runs=1))
+    use(engine)
+    run_rl(replace(config, watch=RLWatchConfig(on_stale_weights="log")))
+    assert engine.stages == [(2, "16")] and rundir.is_done(config.output)
+
+
+def test_our_numbers_are_in_tensorboard_and_a_roll_back_purges_them(replaced: Replaced, use: Use) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replaced(num_steps=3, watch=RLWatchConfig(on_stale_weights="roll_back"))
+    use(SavingEngine(stale_at(3, runs=1)))
+    run_rl(config)
+    events = EventAccumulator(str(config.output / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("rl/vllm_kl")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("rl/vllm_kl")] == pytest.approx([1e-4] * 3)
 
 
 def test_failed_rewards_are_reported(config: RLConfig, use: Use, caplog: pytest.LogCaptureFixture) -> None:

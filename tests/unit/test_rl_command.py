@@ -83,7 +83,7 @@ def test_openrlhf_reads_every_setting_as_it_was_meant() -> None:
     assert got["algo"]["kl"]["init_coef"] == 0 and not got["algo"]["kl"]["use_loss"]
     assert got["critic"]["model_name_or_path"] is None
     assert got["ds"]["zero_stage"] == 2 and got["ds"]["param_dtype"] == "bf16"
-    assert got["ckpt"]["save_steps"] == 10 and got["ckpt"]["load_enable"] and got["ckpt"]["max_num"] == 2
+    assert got["ckpt"]["save_steps"] == 10 and got["ckpt"]["load_enable"] and got["ckpt"]["max_num"] == 3
     paths = (
         got["data"]["prompt_dataset"],
         got["ckpt"]["path"],
