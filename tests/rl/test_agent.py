@@ -42,7 +42,9 @@ class Engine:
 
     async def generate(self, prompt_ids: list[int], params: Any, multi_modal_data: Any = None) -> Any:
         self.asked.append(params)
-        output = SimpleNamespace(token_ids=[*map(ord, self.response), 0], logprobs=None, finish_reason="stop")
+        ids = [*map(ord, self.response), 0]
+        log_probs = None if params.logprobs is None else [{i: SimpleNamespace(logprob=-0.5)} for i in ids]
+        output = SimpleNamespace(token_ids=ids, logprobs=log_probs, finish_reason="stop")
         return SimpleNamespace(outputs=[output])
 
 
@@ -58,9 +60,11 @@ def loaded(config: RLConfig) -> Any:
     return module.AgentExecutor()
 
 
-def sample(config: RLConfig, response: str, label: Any = "5") -> tuple[dict[str, Any], Any, Any]:
+def sample(
+    config: RLConfig, response: str, label: Any = "5", *, logprobs: int | None = None
+) -> tuple[dict[str, Any], Any, Any]:
     """A sample, what OpenRLHF asked of vLLM, and what vLLM heard."""
-    engine, params = Engine(response), SimpleNamespace(max_tokens=64, logprobs=None, stop=[])
+    engine, params = Engine(response), SimpleNamespace(max_tokens=64, logprobs=logprobs, stop=[])
     arguments = {"prompt": PROMPT, "label": label, "sampling_params": params, "max_length": 512, "images": None}
     coroutine = loaded(config).execute(**arguments, hf_tokenizer=CharacterTokenizer(), llm_engine=engine)
     result: dict[str, Any] = asyncio.run(coroutine)
@@ -78,6 +82,13 @@ def test_a_response_is_graded_and_its_tokens_are_those_that_vllm_gave(config: RL
     assert out["extra_logs"].items() >= logs.items()
     (start, end), ids = out["action_ranges"][0], out["observation_tokens"]
     assert (start, ids[start:end]) == (len(PROMPT), [*map(ord, "So \\boxed{5}."), 0])
+
+
+def test_signals_come_from_the_response_s_own_tokens(config: RLConfig) -> None:
+    right, wrong = (sample(config, text, logprobs=1)[0]["extra_logs"] for text in ("\\boxed{5}", "So \\boxed{6}"))
+    assert (right["boxed_at_start"], wrong["boxed_at_start"]) == (1.0, 0.0)
+    assert (right["right_tokens"], wrong["right_tokens"]) == (len("\\boxed{5}") + 1, 0.0)
+    assert right["entropy"] == wrong["entropy"] == 0.5, "the prompt's tokens do not count"
 
 
 def test_a_box_in_the_prompt_is_no_answer(config: RLConfig) -> None:
