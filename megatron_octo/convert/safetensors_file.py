@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_octo.convert.output import start_writing
+
 if TYPE_CHECKING:
     import torch
 
@@ -43,6 +45,7 @@ def write(path: Path, tensors: Sequence[Named], dtype: torch.dtype, *, wrote: Ca
         for each in tensors:
             file.seek(len(header) + places[each.name])
             file.write(_bytes(each.make().to(dtype)))
+            start_writing(file)
             wrote(each.num_bytes(dtype))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from megatron_octo import console
-from megatron_octo.convert.output import MAX_FILE_BYTES, into_files, write_files
+from megatron_octo.convert.output import MAX_FILE_BYTES, into_files, start_writing, write_files
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model.untrusted import INDEX, read_index
 from megatron_octo.rundir import write_atomic, write_json
@@ -201,6 +201,7 @@ def write(
                 add(file, path, MetadataIndex(COMMON_STATE), [{}])
             for piece in files[path]:
                 add(file, path, MetadataIndex(piece.key, piece.offset), _alone(piece.make()))
+                start_writing(file)
                 wrote(piece.num_bytes())
 
     index.state_dict_metadata[COMMON_STATE] = BytesStorageMetadata()
