@@ -6,8 +6,8 @@ import contextlib
 import ctypes
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,10 +17,8 @@ from megatron_octo.errors import BadInput
 PLAN = "plan.json"
 MAX_FILE_BYTES = 2_000_000_000
 """Largest weight file written: small enough to be in the page cache still when it is read back."""
-CHECKERS = 2
-"""Threads that check files: one waits for the disk while the other reads."""
-MAX_UNCHECKED = 3
-"""Files that the writer may be ahead."""
+NUM_WRITERS = 3
+"""Files in the making at a time: one is written while another is read back and a third waits for the disk."""
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
@@ -108,28 +106,29 @@ def start_writing(file: IO[bytes]) -> None:
     ctypes.CDLL(None).sync_file_range(file.fileno(), *everything, SYNC_FILE_RANGE_WRITE)
 
 
-def write_files(paths: Iterable[Path], write: Callable[[Path, Path], None], check: Callable[[Path], None]) -> str:
-    """Write files one after the other; check and hash each, once it is on the disk, while the next ones are written.
+def write_files(
+    paths: Sequence[Path],
+    write: Callable[[Path, Path], None],
+    check: Callable[[Path], None],
+    *,
+    num_writers: int = NUM_WRITERS,
+) -> str:
+    """Write files, check each once it is on the disk, and hash it; several at a time. Returns one SHA-256 over all.
 
     `write` is given a temporary path, and the one that the file gets when it is whole. A file that is there already is
-    whole, and only checked. Returns one SHA-256 over all.
+    whole, and only checked.
     """
 
-    def finish(path: Path, temporary: Path | None) -> str:
-        if temporary:
+    def make(path: Path) -> str:
+        if not path.exists():
+            temporary = path.with_name(f".{path.name}.tmp")
+            write(temporary, path)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         check(path)
         return rundir.sha256(path)
 
-    with ThreadPoolExecutor(CHECKERS) as pool:
-        sums: dict[str, Future[str]] = {}
-        for path in paths:
-            for each in list(sums.values())[:-MAX_UNCHECKED]:
-                each.result()
-            temporary = None if path.exists() else path.with_name(f".{path.name}.tmp")
-            if temporary:
-                write(temporary, path)
-            sums[path.name] = pool.submit(finish, path, temporary)
-        return rundir.sha256_files({name: each.result() for name, each in sums.items()})
+    with ThreadPoolExecutor(num_writers) as pool:
+        sums = pool.map(make, paths)
+        return rundir.sha256_files({path.name: digest for path, digest in zip(paths, sums, strict=True)})

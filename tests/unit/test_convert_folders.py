@@ -250,7 +250,9 @@ def test_a_bit_that_the_disk_turns_is_found(
         return spoilt
 
     for module in (torch_dist, hf_folder):
-        monkeypatch.setattr(module, "write_files", lambda paths, write, check: write_files(paths, spoil(write), check))
+        monkeypatch.setattr(
+            module, "write_files", lambda paths, write, check, **more: write_files(paths, spoil(write), check, **more)
+        )
 
     def convert(verify: bool) -> None:
         if way == "in":
@@ -418,7 +420,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
 def test_files_that_a_killed_export_finished_are_kept(
     made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_folder.write_weights, "__kwdefaults__", {"max_file_bytes": 4096})
+    monkeypatch.setitem(hf_folder.write_weights.__kwdefaults__, "max_file_bytes", 4096)
     read, reads = Save.read, 0
 
     def kill(self: Save, key: str, layer: int | None = None) -> torch.Tensor:
