@@ -60,7 +60,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_octo", "megatron_octo.*"]),
-    package_data={"megatron_octo": ["py.typed"]},
+    package_data={"megatron_octo": ["py.typed", "convert/sample.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["octo=megatron_octo.cli.app:main"]},

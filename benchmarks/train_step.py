@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -394,25 +395,33 @@ def loader_tokens_per_second(config: MidTrainConfig) -> float:
         return steps * SEQUENCES * SEQ_LENGTH / (time.process_time() - start)
 
 
-def prepare_stage(folder: Path) -> MidTrainConfig:
-    """Random words, prepared, and a stage that reads them."""
+def on_words(folder: Path, seq_length: int) -> MixtureConfig:
+    """The data that `prepare_words` makes in `folder`."""
+    source = SourceConfig(name="words", path=folder / "words", weight=1.0, max_epochs=1e9)
+    return MixtureConfig(sources=(source,), tokenizer=folder / "tokenizer", seq_length=seq_length)
+
+
+def prepare_words(folder: Path, *, vocab_size: int, documents: int = 500) -> None:
+    """Random words, some more common than others by Zipf's law, prepared with a tokenizer of their own."""
     import random
 
     import tokenizers
 
     from megatron_octo.data.prepare import prepare
 
-    words = [f"w{number}" for number in range(MODEL.vocab_size - 1)]
+    words = [f"w{number}" for number in range(vocab_size - 1)]
+    weights = [*accumulate(1 / rank for rank in range(1, vocab_size))]
     vocabulary = {word: number for number, word in enumerate((*words, "</s>"))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     (folder / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     draw = random.Random(0)
     with (folder / "text.jsonl").open("w") as file:
-        for _ in range(500):
-            file.write(json.dumps({"text": " ".join(draw.choices(words, k=draw.randint(100, 1000)))}) + "\n")
+        for _ in range(documents):
+            text = " ".join(draw.choices(words, cum_weights=weights, k=draw.randint(100, 1000)))
+            file.write(json.dumps({"text": text}) + "\n")
     prepare(
         PrepareConfig(
             name="words",
@@ -424,12 +433,16 @@ def prepare_stage(folder: Path) -> MidTrainConfig:
         ),
         num_workers=1,
     )
-    source = SourceConfig(name="words", path=folder / "words", weight=1.0, max_epochs=1e9)
+
+
+def prepare_stage(folder: Path) -> MidTrainConfig:
+    """A stage, and the words that it reads, prepared."""
+    prepare_words(folder, vocab_size=MODEL.vocab_size)
     return MidTrainConfig(
         name="train-step",
         model=MODEL,
         start=FromScratch(),
-        data=MixtureConfig(sources=(source,), tokenizer=folder / "tokenizer", seq_length=SEQ_LENGTH),
+        data=on_words(folder, SEQ_LENGTH),
         budget=BudgetConfig(
             train_tokens=ENOUGH_STEPS * SEQUENCES * SEQ_LENGTH,
             batch_sequences=SEQUENCES,

@@ -5,32 +5,92 @@ Safe to call from any thread (no signals) and on any text: nothing here raises o
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_octo import symbolic
+
+MAX_CHARACTERS = 2_000
+"""A longer answer equals only itself."""
 MAX_SYMBOLIC_CHARACTERS = 256
 _PIECES = re.compile(r"\\boxed\s*\{|\\fbox\s*\{|\\.|[{}]", re.DOTALL)
-_WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_SPACES = re.compile(r"\\[ ,;:!]|~|\\quad|\\qquad|\s+")
-_SIZES = re.compile(r"\\(?:left|right|bigl|bigr|big|Big|displaystyle)(?![a-zA-Z])")
-_SHORT_FRACTION = re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])")
-_SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-z])(?![0-9])")
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,64}(?:\.[0-9]{0,64})?|\.[0-9]{1,64})")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,64}\.?|[0-9]{0,64}\.[0-9]{1,64})(?:e[+-]?[0-9]{1,2})?")
 _FRACTION = re.compile(r"([+-]?)\\frac\{([+-]?[0-9]{1,64})\}\{([+-]?[0-9]{1,64})\}|([+-]?[0-9]{1,64})/([0-9]{1,64})")
-_UNIT_WORDS = (
-    "degrees?|dollars?|cents?|percent|points?|units?|miles?|feet|foot|inch(?:es)?|yards?|meters?|metres?|hours?|"
-    "minutes?|seconds?|days?|weeks?|months?|years?|mph|km/h|km|cm|mm|kg|ft|apples?|books?|coins?|people|students?|"
-    "(?:square|cubic|sq\\.?)(?:units?|feet|inch(?:es)?|cm|meters?|miles?|yards?)"
-)
-_UNITS = re.compile(rf"(?<=[0-9}}.])(?:{_UNIT_WORDS})(?:\^\{{?[23]\}}?)?$")
-_ASSIGNMENT = re.compile(r"[a-z](?:_[0-9a-z])?=(?=[^=])|answeris:?|answer:")
-# Text on which exact arithmetic can run away: a power or a factorial of more than three digits, a tower of powers.
+_REPEATING = re.compile(r"([+-]?)([0-9]{0,32})\.([0-9]{0,32})\\overline\{([0-9]{1,32})\}")
+# Exact arithmetic runs away on powers and factorials of more than three digits and on towers of powers. The symbolic
+# engine would be ended by the kernel then; this is sooner.
 _RUNAWAY = re.compile(
     r"(?:\^|\*\*)\{?\(?[+-]?[0-9]{4,}|(?:\^|\*\*).*(?:\^|\*\*).*(?:\^|\*\*)|[0-9]{3,}\)*!|!!|[0-9]{65,}"
 )
+
+_WORDS = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname|underline)\s*\{([^{}]*)\}"
+_POWER = r"(?:\^\{?([23])\}?)?"
+# How a unit is compared: its names. Others are dropped where they follow a number as text.
+_UNITS = {
+    name: re.compile(names)
+    for name, names in {
+        "": "units?|points?|apples?|books?|coins?|people|students?",
+        "%": r"\\?%|percent",
+        "degree": r"degrees?(?:celsius|fahrenheit|c|f)?",
+        "dollar": "dollars?",
+        "cent": "cents?",
+        "mm": "mm|millimet(?:er|re)s?",
+        "cm": "cm|centimet(?:er|re)s?",
+        "m": "m|met(?:er|re)s?",
+        "km": "km|kilomet(?:er|re)s?",
+        "inch": "in|inch(?:es)?",
+        "foot": "ft|foot|feet",
+        "yard": "yds?|yards?",
+        "mile": "mi|miles?",
+        "g": "g|grams?",
+        "kg": "kgs?|kilograms?",
+        "pound": "lbs?|pounds?",
+        "s": "s|secs?|seconds?",
+        "minute": "mins?|minutes?",
+        "hour": "h|hrs?|hours?",
+        "day": "days?",
+        "week": "weeks?",
+        "month": "months?",
+        "year": "yrs?|years?",
+        "mile/hour": "mph|milesperhour|miles/hour",
+        "km/hour": "km/h|kmph|kilomet(?:er|re)sperhour",
+        "m/s": "m/s|met(?:er|re)spersecond",
+        "am": "am",
+        "pm": "pm",
+    }.items()
+}
+_SHAPES = {"square": "2", "sq": "2", "sq.": "2", "cubic": "3"}
+_UNIT = re.compile(r"(square|sq\.?|cubic)?(.*?)([23])?")
+_BASE = re.compile(r"([0-9a-f]+)_\{?([0-9]+)\}?")
+_BARE_UNIT = "|".join(names.pattern for names in _UNITS.values())
+_REWRITES = [  # of lower-case text, in this order; none changes what an answer means. A unit's mark is #
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        ("[\u2212\u2013]", "-"),
+        ("\u03c0", r"\\pi "),
+        (r"(?:\u00b0|\\degree(?![a-z])|\^\s*\{?\s*\\circ\s*\}?)\s*(?:\\(?:text|mathrm)\{[cf]\})?\W*$", "#degree"),
+        (r"\\[()\[\]]|\\?\$", ""),
+        (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+        (r"\\(?:left|right|bigg?[lr]?|displaystyle|approx|q?quad)(?![a-z])|\\color\s*\{[^{}]*\}", ""),
+        (r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset"),
+        (rf"(?<=[^\s(])(?:\\[ ,;:!]|~|\s)*{_WORDS}{_POWER}\s*[.,;]*$", r"#\1\2"),
+        (_WORDS, r"\1"),
+        (r"^\(([a-z])\)$|^\(([a-e])\)(?:\\ |~|\s).*$", r"\1\2"),  # a choice
+        (r"(?<!\\)\\[ ,;:!]|~|\s+", ""),
+        (r"\{,\}", ","),
+        (r"([ap])\.m(?![a-z])\.?", r"\1m"),
+        (r"(?:[.,;]|\\\\)+$", ""),
+        (rf"(?<=[0-9}}.)])(?=\\?%|[a-z.]{{2}})((?:sq\.?|square|cubic)?(?:{_BARE_UNIT})){_POWER}$", r"#\1\2"),
+        (r"^\{([^{}]*)\}$", r"\1"),
+        (r"\\frac([0-9])([0-9])(?![0-9])", r"\\frac{\1}{\2}"),
+        (r"\\frac(\{[^{}]*\})([0-9])", r"\\frac\1{\2}"),
+        (r"\\frac([0-9])\{", r"\\frac{\1}{"),
+        (r"\\sqrt([0-9a-z])(?![0-9])", r"\\sqrt{\1}"),
+        (r"^[a-z](?:_[0-9a-z])?(?:\([a-z]\))?=(?=[^=])|^(?:the)?(?:final)?answer(?:is:?|:)|(?<=[^=])=[a-z]$", ""),
+    )
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,59 +141,84 @@ def is_correct(response: str, reference: str) -> bool:
 def answers_equal(answer: str, reference: str) -> bool:
     """Whether two answers mean the same: as strings, as numbers, then as mathematics.
 
-    The order of tests is the paper's (string, then math-verify); exact numbers come between, so that
-    most answers never reach the symbolic part.
+    The order of tests is the paper's (string, then math-verify); exact numbers come between, so that most answers never
+    reach the symbolic part.
+
+    Raises:
+        symbolic.Undecided: math-verify came to no verdict.
     """
-    a, b = normalise(answer), normalise(reference)
-    if not a or not b:
+    if max(len(answer), len(reference)) > MAX_CHARACTERS:
+        return answer.strip() == reference.strip()
+    a, b = measure(answer), measure(reference)
+    if not a.text or not b.text or a.disagrees(b):
         return False
-    if a == b:
+    if a.text == b.text:
         return True
-    x, y = number(a), number(b)
+    x, y = number(a.text), number(b.text)
     if x is not None and y is not None:
-        return x == y
-    return _symbolically_equal(a, b)
+        return x == y or ("%" in (a.unit, b.unit) and x * a.share == y * b.share)
+    return any(
+        symbolic.equal(*texts)
+        for texts in dict.fromkeys([(a.text, b.text), (answer, reference)])
+        if not any(len(text) > MAX_SYMBOLIC_CHARACTERS or _RUNAWAY.search(text) for text in texts)
+    )
 
 
-def normalise(answer: str) -> str:
-    """An answer without what does not change its meaning: spaces, dollars, units, `x =`, LaTeX spelling; lower case."""
-    out = answer.strip().strip("$").replace("\u2212", "-").replace("\u2013", "-")
-    while (inner := extract_answer(out)) is not None:
-        out = inner
-    out = out.replace("\\$", "").replace("$", "").replace("\\%", "").replace("%", "")
-    out = re.sub(r"\\[dt]frac", r"\\frac", out)
-    out = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "", out)
-    out = _SIZES.sub("", _WRAPPERS.sub(r"\1", out))
-    out = _SHORT_ROOT.sub(r"\\sqrt{\1}", _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", out))
-    out = _SPACES.sub("", out).replace("{,}", ",").lower().rstrip(".").rstrip(",")
-    out = _ASSIGNMENT.sub("", out, count=1) if _ASSIGNMENT.match(out) else out
-    out = _UNITS.sub("", out)
-    if re.fullmatch(r"\([a-z]\)", out):  # a choice
-        out = out[1]
-    return out.replace(",", "") if _THOUSANDS.fullmatch(out) else out
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """An answer without what does not change its meaning."""
+
+    text: str
+    """Lower case, without spaces, dollars, `x =`, in one spelling of LaTeX."""
+    unit: str | None
+    """What it counts: "cm2", "_2" for the base; None where it does not say, or in words that are not known."""
+
+    @property
+    def share(self) -> Fraction:
+        """What one of the unit is worth: a hundredth, if it is a percent."""
+        return Fraction(1, 100) if self.unit == "%" else Fraction(1)
+
+    def disagrees(self, other: Measure) -> bool:
+        """Whether both say what they count and it is not the same."""
+        return None not in (self.unit, other.unit) and self.unit != other.unit
 
 
-def number(answer: str) -> Fraction | None:
-    """The exact value of a normalised answer that is a plain number or a fraction of integers, else None."""
-    if _NUMBER.fullmatch(answer):
-        return Fraction(answer if answer[-1] != "." else answer[:-1])
-    if match := _FRACTION.fullmatch(answer):
+def measure(answer: str) -> Measure:
+    """Rewrite an answer so that equal ones are more often equal as strings."""
+    while (inner := extract_answer(answer)) is not None:
+        answer = inner
+    text = answer.lower().replace("#", "").strip()
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text, _, words = text.partition("#")
+    text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
+    if base := _BASE.fullmatch(text):
+        return Measure(base[1], f"_{base[2]}")
+    return Measure(text, _unit(words.replace("#", "")))
+
+
+def _unit(words: str) -> str | None:
+    match = _UNIT.fullmatch(words)
+    if match is None:
+        return None
+    shape, words, power = match.groups()
+    names = (name for name, spelled in _UNITS.items() if spelled.fullmatch(words))
+    return next((name + (power or _SHAPES.get(shape, "")) for name in names), None)
+
+
+def number(text: str) -> Fraction | None:
+    """The exact value of a plain number or a fraction of integers, else None."""
+    if _NUMBER.fullmatch(text):
+        return Fraction(text.replace(".e", "e").removesuffix("."))
+    if match := _FRACTION.fullmatch(text):
         sign, top, bottom, plain_top, plain_bottom = match.groups()
         numerator, denominator = int(top or plain_top), int(bottom or plain_bottom)
         if denominator == 0:
             return None
         return Fraction(numerator, denominator) * (-1 if sign == "-" else 1)
+    if match := _REPEATING.fullmatch(text):
+        sign, whole, fixed, repeated = match.groups()
+        value = Fraction(int(whole or 0)) + Fraction(int(fixed or 0), 10 ** len(fixed))
+        value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
+        return -value if sign == "-" else value
     return None
-
-
-def _symbolically_equal(a: str, b: str) -> bool:
-    """math-verify's opinion; its own time limits are signals, so what could run for ever is refused before."""
-    if any(len(text) > MAX_SYMBOLIC_CHARACTERS or _RUNAWAY.search(text) for text in (a, b)):
-        return False
-    from math_verify import parse, verify
-
-    quiet = logging.getLogger("math_verify")
-    quiet.setLevel(logging.CRITICAL)  # it warns at each call that its time limits are off
-    logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
-    parsed_a, parsed_b = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (a, b))
-    return bool(parsed_a and parsed_b and verify(parsed_b, parsed_a, timeout_seconds=None))

@@ -21,11 +21,12 @@ import llama32_3b
 from octothinker import DECAY_SHARED, INSTRUCTIONS, budget, decay, sources
 
 from megatron_octo.config.schedule import CosineRate
-from megatron_octo.config.train import FromRun, MidTrainConfig
+from megatron_octo.config.train import FromRun, MarksConfig, MidTrainConfig
 from megatron_octo.rundir import run_folder
 
 LAYOUTS = llama32_3b.LAYOUTS
 STEPS_20B = 4_768  # x 512 x 8,192 = 19,998,441,472 tokens
+STEPS_70B = 16_689  # = 69,998,739,456 tokens
 STEPS_100B = 23_842  # = 100,000,595,968 tokens
 STEPS_10B = 2_384  # = 9,999,220,736 tokens
 STEP_130B = 31_000  # = 130,023,424,000 tokens: the stable stage's first save beyond 130B
@@ -48,8 +49,11 @@ def web_pro_max() -> MidTrainConfig:
 
 
 def web_pro_max_100b() -> MidTrainConfig:
-    """Token budget: the same for 100B tokens; the paper looks at 20B, 70B and 100B of it."""
-    return _controlled("web-pro-max-100b", {"megamath-web-pro-max": 1.0}, steps=STEPS_100B)
+    """Token budget: the same for 100B tokens; the paper looks at 20B, 70B and 100B of it: these stay, exported too."""
+    run = _controlled("web-pro-max-100b", {"megamath-web-pro-max": 1.0}, steps=STEPS_100B)
+    looks = tuple(budget(steps).train_tokens for steps in (STEPS_20B, STEPS_70B, STEPS_100B))
+    keeps = replace(run.save, keep_every_tokens=budget(STEPS_10B).train_tokens)  # 7 x 2,384 steps is one below 70B
+    return replace(run, save=keeps, marks=MarksConfig(at_tokens=looks))
 
 
 def short_cot() -> MidTrainConfig:

@@ -58,3 +58,13 @@ def write_model_folder(folder: Path) -> Path:
     (folder / "model.safetensors").write_bytes(b"weights")
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))
     return folder
+
+
+def word_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer of three ids; what it does not know is the third."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder

@@ -19,6 +19,7 @@ from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.evaluate.run import Scores
 from megatron_octo.evaluate.statistics import accuracy_interval
 from megatron_octo.lineage import Lineage
+from megatron_octo.train.state import TrainState
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "miniature.py"
 PROBLEMS = 400
@@ -51,6 +52,17 @@ def write_runs(config: PipelineConfig, *, rl: bool = True) -> None:
     for started, (name, (seconds, peak)) in enumerate([*times.items(), *second.items()]):
         attempt = stage_log.Attempt(stage=name, started=started, seconds=seconds, peak_gib=peak)
         stage_log.record(rundir.run_folder(config.name), attempt)
+
+
+def write_stable_saves(name: str, *steps: int) -> None:
+    """A finished run of the miniature's stable stage with saves after `steps`, apart from weights."""
+    config = load_recipe(f"{RECIPE}:stable", MidTrainConfig)
+    for step in steps:
+        save = rundir.step_folder(rundir.run_folder(name), step)
+        rundir.write_json(save / "model.json", to_dict(config.model))
+        TrainState(step=step, tokens=step * config.batch_tokens).write(save)
+        rundir.mark_done(save)
+    rundir.mark_done(rundir.run_folder(name))
 
 
 def write_training(config: MidTrainConfig, parent: Lineage, label: str, *, at: float, seed: int) -> Lineage:

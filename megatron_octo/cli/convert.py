@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
     from megatron_octo.config.pipeline import RandomBaseConfig
     from megatron_octo.config.train import ChatTemplate
+    from megatron_octo.convert.save import Save
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a save's folder, a run folder (its last save), an imported base, or a plain Megatron checkpoint",
     )
     exporting.add_argument(
-        "output", metavar="OUT", type=Path, nargs="?", help="folder to write; of a save in a run: its hf/step_XXXXXXXX"
+        "output",
+        metavar="OUT",
+        type=Path,
+        nargs="?",
+        help="folder to write; of a save in a run: its hf/step_XXXXXXXX, or hf/Llama-...-step_XXXXXXXX",
     )
     exporting.add_argument(
         "--tokenizer", type=Path, help="tokenizer folder to copy; of a save in a run: the one it trained with"
@@ -73,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument(
             "--config", metavar="HF", type=Path, help="of a plain Megatron checkpoint: a folder of a model of its shape"
         )
+        each.add_argument(
+            "--text",
+            metavar="FILE",
+            type=_text_file,
+            help="what both models read when they are compared (a text of ours)",
+        )
 
     random = commands.add_parser("random-base", help="a base model of random weights in Hugging Face format")
     random.add_argument("recipe", metavar="RECIPE", help="path.py:function, or JSON, of a RandomBaseConfig or pipeline")
@@ -86,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     for each in (importing, exporting, random):
         each.add_argument("--overwrite", action="store_true", help="replace OUT")
     return options
+
+
+def _text_file(name: str) -> Path:
+    if not Path(name).is_file():
+        raise BadInput(f"no such file: {name}", fix="give --text a file of plain text, or leave it out")
+    return Path(name)
 
 
 def _from_hf(own: argparse.Namespace) -> None:
@@ -103,14 +120,15 @@ def _from_hf(own: argparse.Namespace) -> None:
 
 
 def _to_hf(own: argparse.Namespace) -> None:
+    from megatron_octo.convert import sample
     from megatron_octo.convert.hf_folder import read_tokenizer
     from megatron_octo.convert.save import Save, find_save
     from megatron_octo.convert.to_hf import to_hf
 
     folder = find_save(own.save)
-    output = own.output or _default_output(folder)
-    tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
     source = Save(folder, own.config)
+    output = own.output or _default_output(source)
+    tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
     if own.dry_run:
         read_tokenizer(tokenizer, source.model)
     else:
@@ -122,6 +140,7 @@ def _to_hf(own: argparse.Namespace) -> None:
             config=own.config,
             chat_template=own.chat_template or _default_template(folder),
             verify=not own.skip_verify,
+            text=own.text or sample.TEXT,
             logits=not own.skip_logits,
             overwrite=own.overwrite,
         )
@@ -129,6 +148,7 @@ def _to_hf(own: argparse.Namespace) -> None:
 
 
 def _verify(own: argparse.Namespace) -> None:
+    from megatron_octo.convert import sample
     from megatron_octo.convert.save import Save, find_save
     from megatron_octo.convert.verify import describe, verify
 
@@ -136,7 +156,8 @@ def _verify(own: argparse.Namespace) -> None:
     if own.dry_run:
         _say(own, Save(folder, own.config).model, output=own.hf / "verify.json", source=folder)
         return
-    report = verify(folder, own.hf, own.config, logits=not own.skip_logits)
+    text = own.text or sample.TEXT
+    report = verify(folder, own.hf, own.config, logits=not own.skip_logits, text=text)
     if own.json:
         console.emit_json(asdict(report))
     else:
@@ -169,10 +190,17 @@ def _random_base_config(recipe: str) -> RandomBaseConfig:
     return base
 
 
-def _default_output(save: Path) -> Path:
+def _default_output(source: Save) -> Path:
+    """hf/step_XXXXXXXX in the run's folder; of a Llama the name in front, as its licence asks."""
+    from megatron_octo.convert.model_card import llama_version, name_of
+
+    save = source.folder
     if save.parent.name != "checkpoints":
         raise BadInput(f"{save} is in no run folder, and no OUT is given", fix="say where to write: to-hf SAVE OUT")
-    return save.parent.parent / "hf" / save.name
+    link = source.lineage()
+    version = llama_version(link, source.model)
+    name = save.name if version is None else f"{name_of(link, version)}-{save.name}"
+    return save.parent.parent / "hf" / name
 
 
 def _default_tokenizer(save: Path) -> Path:

@@ -72,7 +72,7 @@ def _configs(specs: Sequence[str], overrides: Sequence[str]) -> list[RLConfig]:
 
 
 def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
-    """Show the command line of each run as this machine would start it. Prompts may not be there yet."""
+    """Show the command line of each run as this machine would start it. Prompts and model may not be there yet."""
     from megatron_octo.rl import prompts
     from megatron_octo.rl.command import check_command, command
     from megatron_octo.rl.run import has_gpu
@@ -81,15 +81,17 @@ def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
     cuda = has_gpu()
     for config in configs:
         passes = 1
-        if config.prompts.exists():
-            passes = prompts.plan_prompts(prompts.read_prompts(config.prompts), config).num_episodes
-        arguments = command(config, num_episodes=passes, cuda=cuda)
-        check_command(arguments)
+        if config.prompts.exists() and config.model.exists():
+            passes = prompts.choose_prompts(config)[0].num_episodes
         state = "done" if rundir.is_done(config.output) else "to run"
-        shown.append({"name": config.name, "output": str(config.output), "state": state, "arguments": arguments})
+        for stage in config.stages:
+            arguments = command(config, stage=stage, num_episodes=passes, cuda=cuda)
+            check_command(arguments)
+            where = {"name": config.name, "output": str(config.output), "state": state, "to_step": stage.end}
+            shown.append({**where, "arguments": arguments})
     if as_json:
         console.emit_json(shown)
         return
     for run in shown:
         line = shlex.join(("python", "-m", ENTRY, *run["arguments"]))
-        console.emit(f"# {run['name']} ({run['state']}) -> {run['output']}\n{line}\n")
+        console.emit(f"# {run['name']} to step {run['to_step']} ({run['state']}) -> {run['output']}\n{line}\n")

@@ -46,7 +46,15 @@ def main(argv: Sequence[str]) -> None:
         config = _branch(config, own.parent)
     config = override(config, overrides, prog=f"octo train {own.recipe}")
     num_ranks = world().size if started_by_launcher() else own.ranks
+    if own.dry_run and own.verify_resume:
+        raise BadInput(
+            "--dry-run and --verify-resume ask for two different things", fix="give one of them: neither trains"
+        )
     if own.dry_run:
+        if own.parent is not None and isinstance(config.start, FromRun):
+            from megatron_octo.train.start import check_parent
+
+            check_parent(config.start, config)
         _show(config, num_ranks, as_json=own.json)
     elif own.verify_resume:
         _verify(config, own.batches, as_json=own.json)
@@ -60,10 +68,12 @@ def main(argv: Sequence[str]) -> None:
 
 def _branch(config: MidTrainConfig, parent: str) -> MidTrainConfig:
     """The same stage, started from `parent`, which is RUN or RUN@TOKENS."""
-    run, _, digits = parent.partition("@")
+    run, at, digits = parent.partition("@")
+    if not run:
+        raise BadInput(f"--from {parent!r} names no run", fix="give RUN, or RUN@TOKENS")
     start = config.start if isinstance(config.start, FromRun) else FromRun(run=run)
     try:
-        tokens = int(digits.replace(",", "")) if digits else None
+        tokens = int(digits.replace(",", "")) if at else None
     except ValueError:
         raise BadInput(f"--from {parent}: {digits!r} is no number of tokens", fix="give RUN, or RUN@TOKENS") from None
     return replace(config, start=replace(start, run=run, step=None, tokens=tokens))

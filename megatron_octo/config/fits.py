@@ -23,6 +23,7 @@ def check_fit(config: MidTrainConfig) -> None:
         SettingsError: with the two settings, their values and what to change.
     """
     _check_fsdp(config)
+    _check_context(config)
     _check_cuda_graphs(config)
     if config.precision.fp8 != "off":
         _check_bf16_layers(config)
@@ -35,16 +36,56 @@ def _check_fsdp(config: MidTrainConfig) -> None:
     parallel = config.parallel
     if not parallel.fsdp:
         return
+    for conflict, why, fix in (
+        (
+            parallel.distributed_optimizer,
+            "parallel.distributed_optimizer: FSDP shares out the optimizer's state itself",
+            "turn parallel.distributed_optimizer off",
+        ),
+        (
+            parallel.overlap_grad_reduce,
+            "parallel.overlap_grad_reduce: FSDP reduces while it computes, always",
+            "turn parallel.overlap_grad_reduce off",
+        ),
+        (
+            parallel.pipeline > 1,
+            f"parallel.pipeline {parallel.pipeline}: a stage would gather its weights anew for every micro-batch",
+            "set parallel.pipeline to 1, or turn parallel.fsdp off",
+        ),
+    ):
+        require(not conflict, f"parallel.fsdp with {why}", fix=fix)
+
+
+def check_shards(config: MidTrainConfig, num_shards: int) -> None:
+    """Refuse FSDP over `num_shards` ranks that do not get equal rows of every weight: megatron's saves need that.
+
+    Raises:
+        SettingsError: with the weight and its rows.
+    """
+    model, tensor = config.model, config.parallel.tensor
+    heads = model.num_heads + 2 * model.num_kv_heads
+    rows = {
+        "model.hidden_size": model.hidden_size,
+        "model.vocab_size over parallel.tensor": model.vocab_size // tensor,
+        "rows of queries, keys and values over parallel.tensor": heads * model.head_dim // tensor,
+        "2 x model.ffn_size over parallel.tensor": 2 * model.ffn_size // tensor,
+        **({"model.head_dim": model.head_dim} if model.qk_norm else {}),
+    }
+    for name, number in rows.items():
+        require(
+            number % num_shards == 0,
+            f"parallel.fsdp over {num_shards} ranks: {name}, {number:,}, does not divide by them",
+            fix="change the number of ranks, or turn parallel.fsdp off",
+        )
+
+
+def _check_context(config: MidTrainConfig) -> None:
+    context, length = config.parallel.context, config.data.seq_length
     require(
-        parallel.distributed_optimizer,
-        "parallel.fsdp without parallel.distributed_optimizer",
-        fix="turn it on: FSDP shares out the optimizer's state too",
-    )
-    require(
-        parallel.pipeline == 1,
-        f"parallel.fsdp with parallel.pipeline {parallel.pipeline}: a stage would gather its weights anew for every "
-        "micro-batch",
-        fix="set parallel.pipeline to 1, or turn parallel.fsdp off",
+        context == 1 or length % (2 * context) == 0,
+        f"data.seq_length {length} with parallel.context {context}: each rank takes two of {2 * context} equal parts "
+        "of a sequence",
+        fix="choose a length that divides, or another parallel.context",
     )
 
 
@@ -101,7 +142,6 @@ def _check_fp8_weights(config: MidTrainConfig) -> None:
     for conflict, why in (
         (precision.fp8_emulation, "precision.fp8_emulation, which rounds bf16 weights at each use"),
         (not parallel.distributed_optimizer, "parallel.distributed_optimizer off, which keeps their fp32 copies"),
-        (parallel.fsdp, "parallel.fsdp, which gathers bf16"),
         (
             precision.fp8 == "mxfp8" and parallel.overlap_param_gather,
             "precision.fp8 mxfp8 and parallel.overlap_param_gather, which would share a buffer with the gradients",

@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_octo.config.base import Settings, require, require_name, require_positive
 from megatron_octo.config.data import MixtureConfig
 from megatron_octo.config.evaluate import EvaluateConfig
-from megatron_octo.config.fits import check_fit
+from megatron_octo.config.fits import check_fit, check_shards
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.schedule import RateConfig
 
@@ -92,6 +92,19 @@ class OptimizerConfig(Settings):
     clip_norm: float = 1.0
     """Largest global gradient norm. Not in the paper."""
 
+    def __post_init__(self) -> None:
+        for name, usual in (("beta1", 0.9), ("beta2", 0.95)):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} {value:g} is not in [0, 1)", fix=f"a usual one is {usual}")
+        for name, usual in (("eps", 1e-8), ("clip_norm", 1.0)):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name} {value:g} is not above 0", fix=f"a usual one is {usual:g}")
+        require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay {self.weight_decay:g} is below 0: the weights would grow",
+            fix="give 0 or more; the paper's is 0.1",
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig(Settings):
@@ -114,7 +127,7 @@ class ParallelConfig(Settings):
     overlap_param_gather: bool = False
     """Gather parameters while the next forward pass runs; needs the two options above."""
     fsdp: bool = False
-    """Share weights and gradients too among data-parallel ranks (megatron-core's FSDP); needs GPUs."""
+    """Share weights and gradients too among data-parallel ranks: torch's FSDP, instead of the distributed optimizer."""
 
     def __post_init__(self) -> None:
         require_positive(self, "parallel.", "tensor", "pipeline", "context")
@@ -265,6 +278,9 @@ class WatchConfig(Settings):
             f"watch.hang_timeout_s {self.hang_timeout_s} is not above 0",
             fix="give seconds, or None to wait for ever",
         )
+        for name in ("most_skips_in_a_row", "most_roll_backs"):
+            most = getattr(self, name)
+            require(most >= 0, f"watch.{name} {most} is below 0", fix="give 0 to stop at the first, or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -405,9 +421,7 @@ class MidTrainConfig(Settings):
     @property
     def asks_of_the_machine(self) -> bool:
         """Whether some setting works on some machines only; `model/build.py:check_platform` knows which."""
-        return (
-            self.parallel.context > 1 or self.parallel.fsdp or self.compute.cuda_graphs or self.precision.fp8 != "off"
-        )
+        return self.parallel.context > 1 or self.compute.cuda_graphs or self.precision.fp8 != "off"
 
     def resolve(self, world_size: int) -> TrainPlan:
         """Check what depends on the number of ranks and do the arithmetic.
@@ -430,6 +444,8 @@ class MidTrainConfig(Settings):
             f"ranks x budget.micro_batch_sequences {self.budget.micro_batch_sequences} = {rows}",
             fix="change the number of ranks, the micro-batch or the layout",
         )
+        if self.parallel.fsdp:
+            check_shards(self, data_ranks * self.parallel.context)
         num_micro_batches = self.budget.batch_sequences // rows
         require(
             self.parallel.virtual_pipeline is None or num_micro_batches % self.parallel.pipeline == 0,

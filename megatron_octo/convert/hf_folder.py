@@ -202,17 +202,36 @@ class Tokenizer:
                 shutil.copyfile(self.folder / name, folder / name)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder; code that lies beside it is not run.
+
+    Raises:
+        BadInput: it cannot be loaded, or not without that code.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"the tokenizer in {folder} cannot be loaded: {error}", fix="give a tokenizer that needs no code of its own"
+        ) from None
+
+
 def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     """Load a tokenizer folder to learn its control ids, and check that the model has a row for each id.
 
     Raises:
-        BadInput: no tokenizer there, or more ids than the model has rows.
+        BadInput: no tokenizer there, none that can be loaded, or more ids than the model has rows.
     """
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+    if not has_tokenizer(folder):
         raise BadInput(f"{folder} holds no tokenizer.json and no tokenizer.model", fix="give a tokenizer folder")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > model.vocab_size:
         raise BadInput(
             f"tokenizer {folder} has {len(tokenizer):,} ids, the model {model.vocab_size:,} rows",

@@ -69,11 +69,11 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     partial = partial_folder(output)
     rundir.clear_stale(output)
     with rundir.lock(partial):
-        if not (partial / PLAN).exists() or rundir.read_json(partial / PLAN) != plan:
-            for path in partial.iterdir():
-                if path.name != rundir.LOCK:
-                    path.unlink()
-            rundir.write_json(partial / PLAN, plan)
+        same = (partial / PLAN).exists() and rundir.read_json(partial / PLAN) == plan
+        for path in partial.iterdir():
+            if path.name != rundir.LOCK and not (same and path.suffix != ".tmp"):
+                path.unlink()
+        rundir.write_json(partial / PLAN, plan)
         try:
             yield partial
         except Exception:

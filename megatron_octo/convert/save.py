@@ -22,6 +22,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 """Of Megatron-LM, beside its iter_XXXXXXX folders."""
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors that have a row for each id; Megatron-LM pads them."""
+MOST_PADDING = 128 * 64
+"""Rows of it: Megatron-LM rounds up to a multiple of 128 x tensor-parallel ranks."""
 
 
 def find_save(path: Path) -> Path:
@@ -99,8 +101,8 @@ class Save:
         if per_layer in self._keys:
             key, shape = per_layer, weight.shape
         found = self._reader.shape(key)
-        padded = self._config is not None and key in VOCABULARY and found[1:] == shape[1:] and found[0] > shape[0]
-        if found != shape and not padded:
+        padding = found[0] - shape[0] if self._config and key in VOCABULARY and found[1:] == shape[1:] else 0
+        if found != shape and not 0 < padding < MOST_PADDING:
             raise BadInput(
                 f"{self.folder}: {key} is {found}, the model of {self._config or MODEL_FILE} has {shape}",
                 fix="give --config of this model" if self._config else "do not edit a save's files; take another save",

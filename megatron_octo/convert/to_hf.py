@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.train import ChatTemplate
-from megatron_octo.convert import hf_folder, model_card
+from megatron_octo.convert import hf_folder, model_card, sample
 from megatron_octo.convert.compare import compare_export
 from megatron_octo.convert.output import check_room, continued, finished, partial_folder
 from megatron_octo.convert.safetensors_file import Named
@@ -34,13 +34,14 @@ def to_hf(
     config: Path | None = None,
     chat_template: ChatTemplate = "plain",
     verify: bool = True,
+    text: Path = sample.TEXT,
     logits: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Convert the save in `save` (a step's folder, or an imported base) into `output`; returns `output`.
 
     A plain Megatron checkpoint is converted as well; `config` is a Hugging Face folder of a model of its shape.
-    `verify` compares all weights, and `logits` runs both models.
+    `verify` compares all weights, and `logits` runs both models on `text`.
 
     The tokenizer's folder may hold the licence of the base, to copy. An `output` that was made from the same weights in
     the same number format is left as it is.
@@ -76,7 +77,7 @@ def to_hf(
         lineage.write(folder, link)
         model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
         if verify:
-            verify_export(save, folder, config, weights=False, logits=logits)
+            verify_export(save, folder, config, weights=False, logits=logits, text=text)
     log.info("%s: %s, %s parameters", output, dtype, f"{source.model.num_parameters:,}")
     return output
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_octo import console, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.train import ParallelConfig, PrecisionConfig
-from megatron_octo.convert import hf_folder
+from megatron_octo.convert import hf_folder, sample
 from megatron_octo.convert.compare import SHOWN, compare_export
 from megatron_octo.convert.save import Save
 from megatron_octo.errors import VerificationError
@@ -55,21 +55,32 @@ class Report:
     """Mean Kullback-Leibler divergence of Megatron's prediction from Hugging Face's, nats; the bar is 1e-9."""
     max_logit: float = 0.0
     """Largest absolute logit, as the scale of the difference."""
+    tokens: str = ""
+    """What stood at the positions: tokens of which text, or random ones and why."""
     streamed: bool = False
     """Whether the logits were computed layer by layer, since a whole model did not fit in free memory."""
 
 
-def verify(save: Path, hf: Path, config: Path | None = None, *, weights: bool = True, logits: bool = True) -> Report:
+def verify(
+    save: Path,
+    hf: Path,
+    config: Path | None = None,
+    *,
+    weights: bool = True,
+    logits: bool = True,
+    text: Path = sample.TEXT,
+) -> Report:
     """Compare the export `hf` with the save it was made from; writes `verify.json` into `hf`.
 
-    `config` is as for `to_hf`. `weights` says that they were not compared yet; `logits` that both models shall run.
+    `config` is as for `to_hf`. `weights` says that they were not compared yet; `logits` that both models shall run, at
+    1,024 positions of `text`.
 
     Raises:
         BadInput: one of the folders is not what it should be.
         VerificationError: they differ; the message says where. No `verify.json` remains.
     """
     try:
-        report = _compare(Save(save, config), hf, weights=weights, logits=logits)
+        report = _compare(Save(save, config), hf, text, weights=weights, logits=logits)
     except VerificationError:
         (hf / REPORT).unlink(missing_ok=True)
         raise
@@ -82,14 +93,15 @@ def describe(report: Report) -> str:
     """The report as one line."""
     if not report.num_positions:
         return f"verified: {report.num_tensors} tensors bit-identical; logits not compared"
+    how = "layer by layer over streamed weights" if report.streamed else "whole models"
     return (
-        f"verified: {report.num_tensors} tensors bit-identical; logits over {report.num_positions:,} positions within "
-        f"{report.max_logit_difference:.1e} (largest logit {report.max_logit:.1f}), same most likely token everywhere, "
-        f"KL {report.mean_kl:.1e}; {'layer by layer over streamed weights' if report.streamed else 'whole models'}"
+        f"verified: {report.num_tensors} tensors bit-identical; logits over {report.num_positions:,} positions "
+        f"({report.tokens}) within {report.max_logit_difference:.1e} (largest logit {report.max_logit:.1f}), "
+        f"same most likely token everywhere, KL {report.mean_kl:.1e}; {how}"
     )
 
 
-def _compare(source: Save, hf: Path, *, weights: bool, logits: bool) -> Report:
+def _compare(source: Save, hf: Path, text: Path, *, weights: bool, logits: bool) -> Report:
     exported = hf_folder.Weights(hf)
     exported.check(source.model)
     _compare_settings(source.model, hf)
@@ -100,7 +112,7 @@ def _compare(source: Save, hf: Path, *, weights: bool, logits: bool) -> Report:
         raise VerificationError(f"{hf} has weights in several number formats: {dtypes}", fix="convert again")
     if not logits:
         return Report(num_tensors=len(exported.shapes))
-    report = _compare_logits(source, hf, dtypes.pop())
+    report = _compare_logits(source, hf, dtypes.pop(), text)
     failures = []
     bar = min(MAX_LOGIT_DIFFERENCE, MAX_RELATIVE_DIFFERENCE * report.max_logit)
     if not report.max_logit_difference <= bar:  # a NaN fails too
@@ -124,13 +136,12 @@ def _compare_settings(model: ModelConfig, hf: Path) -> None:
         raise VerificationError(f"{hf / hf_folder.CONFIG} describes another model: {lines}", fix="convert again")
 
 
-def _compare_logits(source: Save, hf: Path, dtype: torch.dtype) -> Report:
+def _compare_logits(source: Save, hf: Path, dtype: torch.dtype, text: Path) -> Report:
     import torch
 
-    generator = torch.Generator().manual_seed(0)
     length = min(source.model.max_positions, POSITIONS)  # long sequences show a wrong rotary scale best
     rows = -(-POSITIONS // length)
-    tokens = torch.randint(source.model.vocab_size, (rows, length), generator=generator)
+    tokens, told = sample.tokens(hf, text, vocab_size=source.model.vocab_size, rows=rows, length=length)
     with torch.no_grad():
         streamed = _available_bytes() < FP32_BYTES * source.model.num_parameters * SPARE
         theirs = _hf_logits_by_layer(source, hf, tokens) if streamed else _hf_logits(hf, tokens)
@@ -150,6 +161,7 @@ def _compare_logits(source: Save, hf: Path, dtype: torch.dtype) -> Report:
         num_argmax_differences=differences,
         mean_kl=kl / tokens.numel(),
         max_logit=scale,
+        tokens=told,
         streamed=streamed,
     )
 

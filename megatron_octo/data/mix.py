@@ -22,11 +22,11 @@ class SourcePlan:
     sequences: int
     max_epochs: float
     read_before: int = 0
-    """Tokens that the stage read of it in earlier phases."""
+    """Tokens of it that were read before: by the stage in earlier phases, and by a parent that it reads on after."""
 
     @property
     def epochs(self) -> float:
-        """How often the stage reads the source."""
+        """How often the source has been read at the stage's end."""
         return (self.read_before + self.tokens) / self.available
 
 
@@ -39,7 +39,7 @@ def plan(
         config: the mixture.
         available: tokens of the sources' data sets.
         train_tokens: to read by this mixture.
-        read_before: tokens of sources, by name, that the stage read by others.
+        read_before: tokens of sources, by name, that were read before.
     """
     return tuple(
         SourcePlan(
@@ -55,8 +55,8 @@ def plan(
     )
 
 
-def check_repeats(plans: Sequence[SourcePlan]) -> None:
-    """Refuse a plan that reads a source more often than its cap.
+def check_repeats(plans: Sequence[SourcePlan], *, reader: str = "before") -> None:
+    """Refuse a plan that reads a source more often than its cap; `reader` ends "what was read ...".
 
     Raises:
         BadInput: so it is; the message has the arithmetic.
@@ -64,7 +64,7 @@ def check_repeats(plans: Sequence[SourcePlan]) -> None:
     for each in plans:
         if each.epochs > each.max_epochs:
             total = round(each.tokens / each.weight)
-            earlier = f" + {each.read_before:,} read before" if each.read_before else ""
+            earlier = f" + {each.read_before:,} read {reader}" if each.read_before else ""
             most = max(0.0, each.max_epochs * each.available - each.read_before) / total
             raise BadInput(
                 f"source {each.name} would repeat too often: weight {each.weight:g} x {total:,} tokens = "

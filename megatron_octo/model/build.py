@@ -99,8 +99,8 @@ def check_platform(config: MidTrainConfig, platform: Platform) -> None:
     """Refuse settings that this machine cannot do; changes nothing.
 
     Raises:
-        BadInput: context parallelism or CUDA graphs without Transformer Engine, FSDP without a GPU, or an FP8 recipe
-            without its chip and versions.
+        BadInput: context parallelism or CUDA graphs without Transformer Engine, or an FP8 recipe without its chip and
+            versions.
     """
     parallel, precision = config.parallel, config.precision
     engine = platform.layer_family == "transformer_engine"
@@ -113,11 +113,6 @@ def check_platform(config: MidTrainConfig, platform: Platform) -> None:
         raise BadInput(
             "compute.cuda_graphs needs a GPU and Transformer Engine, which are not here",
             fix="turn compute.cuda_graphs off, or run where `octo doctor` finds both",
-        )
-    if parallel.fsdp and platform.device == "cpu":
-        raise BadInput(
-            "parallel.fsdp needs GPUs, which are not here",
-            fix="turn parallel.fsdp off: parallel.distributed_optimizer shares the optimizer's state anywhere",
         )
     missing = fp8_missing(precision, platform)
     if missing and not precision.fp8_fallback:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from megatron_octo.config.model import ModelConfig
 
-# Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets.
-PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GB200": 2500e12, "B200": 2250e12}
+# Dense bf16 FLOP/s, from NVIDIA's data sheets, which state twice as much: with sparsity. The first that a name holds.
+PEAK_BF16 = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
 
 
 def train_flops_per_token(config: ModelConfig, seq_length: int) -> float:

@@ -123,7 +123,20 @@ def check_record(key: str, record: Any) -> None:
 @contextlib.contextmanager
 def weights_only() -> Iterator[None]:
     """Within the block every torch.load of this process, megatron's included, makes tensors and plain values only."""
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    with _switched_on("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        yield
+
+
+@contextlib.contextmanager
+def records_checked() -> Iterator[None]:
+    """Within the block Transformer Engine unpickles layers' records, all of which `check_record` has passed."""
+    with _switched_on("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"):
+        yield
+
+
+@contextlib.contextmanager
+def _switched_on(*names: str) -> Iterator[None]:
+    """Within the block the first of these environment variables is 1 and the others are not set."""
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = "1"
     try:

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_octo.config.base import read_settings, to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.errors import BadInput, OctoError
-from megatron_octo.model.untrusted import check_record, read_index, weights_only
+from megatron_octo.model.untrusted import check_record, read_index, records_checked, weights_only
 from megatron_octo.rundir import differences
 
 MODEL_FILE = "model.json"
@@ -35,12 +35,14 @@ def load_sharded(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
         BadInput: the folder has no index, lacks something, or has pickles that refer to more than numbers.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
     from torch.distributed.checkpoint import CheckpointException
 
     read_index(folder)
+    unrounded = TorchDistLoadShardedStrategy(stream_ckpt_dequant=False)  # else FP8 weights are rounded piece by piece
     try:
         with weights_only():
-            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder), unrounded)
     except (CheckpointException, pickle.UnpicklingError) as error:
         found = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         lines = str(found).splitlines()
@@ -55,19 +57,40 @@ def put_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
         for key, value in loaded[f"model{index}"].items():
             if key.endswith(EXTRA_STATE):
                 check_record(key, value)
-        keys = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        with records_checked():
+            keys = chunk.load_state_dict(_as_shards(chunk, loaded[f"model{index}"]), strict=False)
         wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if not key.endswith(EXTRA_STATE))]
         if wrong:
             raise OctoError(f"the checkpoint and the model do not fit: {', '.join(wrong[:5])}", fix="use another save")
 
 
-def load_weights(chunks: Sequence[Any], folder: Path) -> None:
-    """Fill the chunks with the weights in `folder`, however the model that wrote them was cut. All ranks call it."""
+def _as_shards(chunk: Any, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """What was loaded; under FSDP it is this rank's rows of each weight, and says so."""
+    from torch.distributed.tensor import DTensor
+
+    def shard(weight: Any, rows: Any) -> Any:
+        if not isinstance(weight, DTensor):
+            return rows
+        return DTensor.from_local(
+            rows, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+        )
+
+    weights = dict(chunk.named_parameters())
+    return {key: shard(weights.get(key), value) for key, value in loaded.items()}
+
+
+def load_weights(chunks: Sequence[Any], folder: Path) -> dict[str, Any]:
+    """Fill the chunks with the weights in `folder`, however the model that wrote them was cut; returns them as read.
+
+    All ranks call it.
+    """
     wanted = {
         name: {key: entry for key, entry in part.items() if not key.endswith(EXTRA_STATE)}
         for name, part in sharded_weights(chunks).items()
     }
-    put_weights(chunks, load_sharded(wanted, folder))
+    loaded = load_sharded(wanted, folder)
+    put_weights(chunks, loaded)
+    return loaded
 
 
 def check_shape(config: ModelConfig, folder: Path) -> None:

@@ -5,7 +5,7 @@ pass, shared out by tensor and sequence parallelism, times the micro-batches tha
 sums are for GELU, LayerNorm, dropout and whole attention squares; these are for RMSNorm, SwiGLU, grouped queries and
 attention that keeps no square (flash attention), without dropout.
 
-Not in it: FSDP (the estimate is then too high), offloading, CUDA graphs' own buffers.
+Not in it: offloading, CUDA graphs' own buffers.
 """
 
 from __future__ import annotations
@@ -124,8 +124,20 @@ def _states(config: MidTrainConfig, plan: TrainPlan, stage: int) -> list[Part]:
     total, dtype = stage_parameters(config, stage), DTYPE_BYTES[precision.dtype]
     in_fp8 = _matrices(config) * sum(_is_fp8(config, layer) for layer in _layers(config, stage))
     whole = total - in_fp8 if precision.fp8_weights else total
-    shards = plan.data_ranks * parallel.context if parallel.distributed_optimizer else 1
+    ranks = plan.data_ranks * parallel.context
+    shards = ranks if parallel.distributed_optimizer or parallel.fsdp else 1
     state = 12 if precision.dtype == "bf16" else 8  # two moments, and an fp32 copy of weights that are not fp32
+    if parallel.fsdp:  # what is in no layer is gathered all the time, and two layers: one that computes, the next
+        layer = _matrices(config) + _vectors(config)
+        gathered = total - (len(_layers(config, stage)) - 2) * layer
+        text = f"{total:,} parameters x {{0}} bytes / {shards} ranks"
+        sums = [
+            ("weights", -(-total * dtype // shards), text.format(dtype)),
+            ("gathered", 2 * gathered * dtype, f"{gathered:,} parameters x {dtype} bytes, and their gradients"),
+            ("gradients", -(-total * dtype // shards), text.format(dtype)),
+            ("optimizer", -(-total * state // shards), text.format(state)),
+        ]
+        return [Part(name=name, bytes=size, arithmetic=arithmetic) for name, size, arithmetic in sums]
     sums = [
         ("weights", whole * dtype, f"{whole:,} parameters x {dtype} bytes"),
         ("FP8 weights", in_fp8 * 2 * FP8_BYTES, f"{in_fp8:,} parameters x 2 bytes, by rows and by columns"),

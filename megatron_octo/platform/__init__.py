@@ -2,7 +2,7 @@
 
 `resolve` only looks. `Platform.activate` is what training and conversion call before they import
 megatron; this package holds all that patches other people's code (`megatron_cpu`, `rotary`, `fused_adam`,
-`checkpoint_writer`).
+`checkpoint_writer`, `shards`).
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ class Platform:
 
             megatron_cpu.install()
             rotary.install()
-        from megatron_octo.platform import checkpoint_writer, fused_adam
+        from megatron_octo.platform import checkpoint_writer, fused_adam, shards
 
         fused_adam.install()
         checkpoint_writer.install()
+        shards.install()
 
     def describe(self) -> str:
         """One line for the log."""
@@ -112,7 +113,7 @@ def resolve() -> Platform:
 
 def _missing_on_gpu() -> list[Missing]:
     missing = []
-    if not _installed("transformer_engine"):
+    if not (_installed("transformer_engine") and _installed("transformer_engine_torch")):  # built apart, by itself
         missing.append(
             Missing(
                 what="Transformer Engine",

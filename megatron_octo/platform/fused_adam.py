@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_octo.platform.shards import local_part
+
 
 def install() -> None:
     """Give megatron's optimizers this Adam unless they have a fused one. A second call changes nothing."""
@@ -58,10 +60,10 @@ def fused_adam_class() -> type:
                     self.state[param].update(exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param))
             step = torch.tensor(float(group["step"]), device=params[0].device)
             torch._fused_adamw_(
-                params,
-                [param.grad for param in params],
-                [self.state[param]["exp_avg"] for param in params],
-                [self.state[param]["exp_avg_sq"] for param in params],
+                [local_part(param) for param in params],
+                [local_part(param.grad) for param in params],
+                [local_part(self.state[param]["exp_avg"]) for param in params],
+                [local_part(self.state[param]["exp_avg_sq"]) for param in params],
                 [],
                 [step] * len(params),
                 lr=group["lr"],

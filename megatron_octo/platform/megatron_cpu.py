@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import sys
 from collections import defaultdict
+from datetime import timedelta
 from typing import Any
 
 INSTALLED = "_megatron_octo_cpu"
@@ -28,12 +31,20 @@ def install() -> None:
     if torch.cuda.is_available() or hasattr(torch.cuda, INSTALLED):
         return
     setattr(torch.cuda, INSTALLED, True)
+    _hide_cuda_packages()
     _redirect_runtime()
     _redirect_devices()
     _drop_device_ids()
     _import_uncompiled()
     _skip_exchange_with_oneself()
+    _poll_once_for_all_groups()
     _redirect_megatron_rng()
+
+
+def _hide_cuda_packages() -> None:
+    """Where GPUs are there, but hidden from this process, so are these packages: megatron would take their kernels."""
+    for package in ("transformer_engine", "apex"):
+        sys.modules[package] = None  # type: ignore[assignment]  # to import it says that it is not there
 
 
 def _redirect_runtime() -> None:
@@ -97,7 +108,10 @@ def _redirect_runtime() -> None:
 def _redirect_devices() -> None:
     """`device="cuda"` in torch's factories, `.to("cuda")` and `.cuda()` mean the CPU."""
     import torch
+    from torch.distributed import DeviceMesh
+    from torch.utils._device import _device_constructors
 
+    _device_constructors()  # what `with torch.device(...)` applies to: it keeps the list of its first call
     cpu = torch.device("cpu")
 
     def is_cuda(device: Any) -> bool:
@@ -131,6 +145,12 @@ def _redirect_devices() -> None:
         return result
 
     torch.Tensor.to, torch.Tensor.type = to, type_
+    from_group = DeviceMesh.from_group
+
+    def mesh(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return from_group(group, "cpu" if is_cuda(device_type) else device_type, *args, **kwargs)
+
+    DeviceMesh.from_group = staticmethod(mesh)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
@@ -156,6 +176,28 @@ def _skip_exchange_with_oneself() -> None:
 
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(buffers, name, between_ranks(getattr(buffers, name)))
+
+
+def _poll_once_for_all_groups() -> None:
+    """gloo gives each group a thread that wakes a hundred times a second, and megatron makes dozens of groups.
+
+    One device serves them all, and the groups of a later run too.
+    """
+    from torch.distributed import ProcessGroupGloo, distributed_c10d
+
+    class Group(ProcessGroupGloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            options = ProcessGroupGloo._Options()
+            options._devices, options._timeout = devices(os.getpid()), timeout
+            super().__init__(store, rank, size, options)
+
+    @functools.cache
+    def devices(pid: int) -> list[Any]:  # of a process: a fork has no such thread
+        interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+        make = ProcessGroupGloo.create_device
+        return [make(interface=name) if name else ProcessGroupGloo.create_default_device() for name in interfaces]
+
+    distributed_c10d.ProcessGroupGloo = Group
 
 
 def _import_uncompiled() -> None:

@@ -67,11 +67,14 @@ def world() -> World:
 
 
 @contextlib.contextmanager
-def model_parallel(platform: Platform, parallel: ParallelConfig, *, seed: int = 0) -> Iterator[None]:
+def model_parallel(
+    platform: Platform, parallel: ParallelConfig, *, seed: int = 0, cuda_graphs: bool = False
+) -> Iterator[None]:
     """Megatron's groups and seeds for the block; all ranks enter it together.
 
     Activates the platform. An initialised process group is used and left as it is; otherwise one is made from
     `world()`, without a port when this process is alone, and destroyed at the end.
+    With `cuda_graphs` the random states are Transformer Engine's, which a graph can record.
     """
     import torch
     import torch.distributed as dist
@@ -94,7 +97,9 @@ def model_parallel(platform: Platform, parallel: ParallelConfig, *, seed: int = 
         )
         stage_seed = seed + PIPELINE_SEED_OFFSET * parallel_state.get_pipeline_model_parallel_rank()
         torch.manual_seed(stage_seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(
+            stage_seed, te_rng_tracker=cuda_graphs, force_reset_rng=cuda_graphs
+        )
         yield
     finally:
         parallel_state.destroy_model_parallel()

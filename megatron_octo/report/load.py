@@ -149,7 +149,7 @@ def _branch(source: BranchSource, label: str, start: int, notes: list[str]) -> B
 
 def _train_run(config: MidTrainConfig, label: str, start: int, notes: list[str]) -> Run:
     folder = rundir.run_folder(config.name)
-    exports = sorted(folder.glob("hf/step_*/"))
+    exports = sorted(folder.glob("hf/*step_*/"), key=lambda export: export.name.rpartition("step_")[2])
     descent = next(filter(None, (lineage.read_if_present(each) for each in (*exports[-1:], folder))), None)
     return _run(config, label, folder, notes, start=start, descent=descent, what=f"Training of {label}")
 

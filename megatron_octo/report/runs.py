@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_octo import lineage, rundir
 from megatron_octo.budget.ledger import FILE as LEDGER
 from megatron_octo.console import duration
-from megatron_octo.errors import BadInput
+from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.lineage import Lineage
 from megatron_octo.report.load import METRICS
 from megatron_octo.train.state import FILE as STATE
@@ -31,9 +31,9 @@ class RunStatus:
 
     name: str
     folder: Path
-    kind: Literal["train", "rl"]
-    state: Literal["new", "running", "stopped", "done"]
-    """stopped: by its end or by a kill; it would go on after `step`. new: it never saved."""
+    kind: Literal["train", "rl", ""]
+    state: Literal["new", "running", "stopped", "done", "broken"]
+    """stopped: by its end or by a kill; it would go on after `step`. new: it never saved. broken: see `fault`."""
     step: int
     """Of a running one the last that it logged, else that of its last save."""
     num_steps: int
@@ -47,12 +47,20 @@ class RunStatus:
     """Of its last weights; of a new one, of those that it starts from."""
     model: Path | None
     """Of RL: the folder of the model that it starts from."""
+    fault: str = ""
+    """Of a broken one, of which nothing else is known: which file cannot be read, and why."""
 
     def describe(self) -> str:
         """How far it is, in words."""
         at = f"at step {self.step:,} of {self.num_steps:,}"
         eta = f", eta {duration(self.eta_s)}" if self.eta_s is not None else ""
-        words = {"new": "not saved yet", "running": f"running {at}{eta}", "stopped": f"stopped {at}", "done": "done"}
+        words = {
+            "new": "not saved yet",
+            "running": f"running {at}{eta}",
+            "stopped": f"stopped {at}",
+            "done": "done",
+            "broken": f"broken: {self.fault}",
+        }
         return words[self.state]
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,8 +69,8 @@ class RunStatus:
 
 
 def read_runs(root: Path) -> list[RunStatus]:
-    """The training and RL runs in `root`, by name."""
-    found = (read_run(folder) for folder in sorted(root.iterdir()) if folder.is_dir()) if root.is_dir() else ()
+    """The training and RL runs in `root`, by name; a broken one hides no other."""
+    found = (_read_or_broken(folder) for folder in sorted(root.iterdir()) if folder.is_dir()) if root.is_dir() else ()
     return [run for run in found if run]
 
 
@@ -78,6 +86,29 @@ def read_run(folder: Path) -> RunStatus | None:
     if {"prompts", "output"} <= config.keys():
         return _rl(folder, config)
     return None
+
+
+def _read_or_broken(folder: Path) -> RunStatus | None:
+    try:
+        return read_run(folder)
+    except (OctoError, OSError, TypeError, ValueError, LookupError, AttributeError) as error:  # whatever JSON may hold
+        fault = (
+            error.what if isinstance(error, OctoError) else f"a file in {folder} is not what a stage writes: {error!r}"
+        )
+        return RunStatus(
+            name=folder.name,
+            folder=folder,
+            kind="",
+            state="broken",
+            step=0,
+            num_steps=0,
+            tokens=0,
+            train_tokens=0,
+            eta_s=None,
+            descent=None,
+            model=None,
+            fault=fault,
+        )
 
 
 def find_run(name: str) -> RunStatus:
@@ -97,9 +128,10 @@ def forest(runs: Sequence[RunStatus]) -> dict[str, Any]:
     """The descent of the runs as nested lines: {line: {line of a child: {...}}}."""
     status = {run.name: run for run in runs}
     parents: dict[str, tuple[str, str]] = {}  # of each node: its parent, and what that had read when it left
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.state == "broken"):
         for node, parent, after in _links(run, status):
-            if node == run.name or node not in parents:  # of a run itself, its own folder knows
+            known = node == run.name and run.state != "broken"  # of a run itself, its own folder knows
+            if known or node not in parents:
                 parents[node] = parent, after
 
     def below(parent: str) -> dict[str, Any]:

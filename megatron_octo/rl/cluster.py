@@ -52,8 +52,12 @@ class Cluster:
     buffers: dict[int, bytes] = field(default_factory=dict)
     """The unfinished line of each pipe."""
 
-    def run(self, arguments: Sequence[str], on_line: Callable[[str], None]) -> None:
-        """Run OpenRLHF with `arguments` to its end; each line it prints goes to `on_line`.
+    def run(
+        self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Run OpenRLHF with `arguments`; each line it prints goes to `on_line`. Returns whether it came to its end.
+
+        Otherwise `until`, asked now and then, was true first. OpenRLHF still runs: the cluster is of no use but to end.
 
         Raises:
             RunFailed: it failed. The cluster is of no use then.
@@ -62,14 +66,17 @@ class Cluster:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(list(arguments)).encode() + b"\n")
             self.process.stdin.flush()
-        message = self._follow(on_line)
-        if message != "finished":
+        message = self._follow(on_line, until)
+        if message not in ("finished", None):
             raise RunFailed(message)
+        return message is not None
 
-    def _follow(self, on_line: Callable[[str], None]) -> str:
-        """Hand out lines until the engine says how the run ended, or dies; returns what it said."""
+    def _follow(self, on_line: Callable[[str], None], until: Callable[[], bool]) -> str | None:
+        """Hand out lines until the engine says how the run ended, or dies; returns what it said, None for `until`."""
         message, deadline = "", float("inf")
         while time.monotonic() < deadline:
+            if not message and until():
+                return None
             for source, lines in self._read(timeout_s=0.5):
                 if source != self.status:
                     for line in lines:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.rl import LengthStage, RLConfig
 from megatron_octo.errors import BadInput, OctoError
 
 PROMPTS, CHECKPOINTS, FINAL, TENSORBOARD = "prompts.jsonl", "openrlhf", "openrlhf/final", "tensorboard"
@@ -22,8 +22,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CPU_PATCHES = PACKAGE / "platform" / "openrlhf_cpu"
 
 
-def command(config: RLConfig, *, num_episodes: int, cuda: bool) -> list[str]:
-    """OpenRLHF's arguments for a run; pure. Paths in them are absolute: Ray's processes have other working folders.
+def command(config: RLConfig, *, stage: LengthStage, num_episodes: int, cuda: bool) -> list[str]:
+    """OpenRLHF's arguments for a stage; pure. Paths in them are absolute: Ray's processes have other working folders.
 
     Without CUDA what only a GPU can do is left out: sleeping engines, flash attention, NCCL.
     """
@@ -35,14 +35,14 @@ def command(config: RLConfig, *, num_episodes: int, cuda: bool) -> list[str]:
         "data.prompt_dataset": output / PROMPTS,
         "data.input_key": "input",
         "data.label_key": "label",
-        "data.max_len": config.max_prompt_tokens + config.max_response_tokens,
+        "data.max_len": config.max_prompt_tokens + stage.max_response_tokens,
         # GRPO on outcome rewards, one pass over each rollout
         "algo.advantage.estimator": "group_norm",
         "algo.kl.init_coef": config.kl_coefficient,
         "rollout.batch_size": config.prompts_per_step,
         "rollout.n_samples_per_prompt": config.samples_per_prompt,
         "rollout.temperature": config.temperature,
-        "rollout.max_new_tokens": config.max_response_tokens,
+        "rollout.max_new_tokens": stage.max_response_tokens,
         "train.batch_size": samples // config.updates_per_step,
         "train.max_epochs": 1,
         "train.num_episodes": num_episodes,

@@ -10,14 +10,15 @@ import contextlib
 import ctypes
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.rl import LengthStage, RLConfig
 from megatron_octo.data.tokenizer import check_vocabulary
 from megatron_octo.errors import BadInput, OctoError, VerificationError
 from megatron_octo.lineage import Lineage
@@ -56,9 +57,11 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
         require_linux()
         cuda = has_gpu()
         plans = [check(config, cuda=cuda) for config in pending]
-        with cluster(num_gpus=max(config.num_gpus for config in pending), cuda=cuda) as engine:
-            for config, plan in zip(pending, plans, strict=True):
-                _run(config, plan, engine, cuda=cuda)
+        num_gpus, work = max(config.num_gpus for config in pending), deque(zip(pending, plans, strict=True))
+        while work:  # a run that ends at a border of its length schedule leaves no cluster to go on with
+            with cluster(num_gpus=num_gpus, cuda=cuda) as engine:
+                while work and _run(work[0][0], *work[0][1], engine, cuda=cuda):
+                    work.popleft()
     return [config.output / HF for config in configs]
 
 
@@ -83,17 +86,16 @@ def _skip(config: RLConfig) -> bool:
     return False
 
 
-def check(config: RLConfig, *, cuda: bool) -> prompts.PromptPlan:
+def check(config: RLConfig, *, cuda: bool) -> tuple[prompts.PromptPlan, prompts.PromptReport]:
     """Check all that a run needs, and choose its prompts. Changes nothing.
 
     Raises:
         BadInput: something is missing or wrong.
     """
     check_model(config, cuda=cuda)
-    plan = prompts.plan_prompts(prompts.read_prompts(config.prompts), config)
-    prompts.check_prompts(plan.prompts, config)
-    check_command(command(config, num_episodes=plan.num_episodes, cuda=cuda))
-    return plan
+    plan, report = prompts.choose_prompts(config)
+    check_command(command(config, stage=config.stages[-1], num_episodes=plan.num_episodes, cuda=cuda))
+    return plan, report
 
 
 def check_model(config: RLConfig, *, cuda: bool) -> None:
@@ -124,32 +126,48 @@ def check_model(config: RLConfig, *, cuda: bool) -> None:
             fix="use a model with one of these head sizes, or a GPU",
         )
     positions = model.get("max_position_embeddings", 0)
-    needed = config.max_prompt_tokens + config.max_response_tokens
+    longest = max(stage.max_response_tokens for stage in config.stages)
+    needed = config.max_prompt_tokens + longest
     if needed > positions:
         raise BadInput(
-            f"max_prompt_tokens {config.max_prompt_tokens} + max_response_tokens {config.max_response_tokens} "
+            f"max_prompt_tokens {config.max_prompt_tokens} + max_response_tokens {longest} "
             f"= {needed} is beyond the model's {positions} positions",
             fix="lower one of them",
         )
 
 
-def _run(config: RLConfig, plan: prompts.PromptPlan, engine: Cluster, *, cuda: bool) -> None:
+def _run(
+    config: RLConfig, plan: prompts.PromptPlan, report: prompts.PromptReport, engine: Cluster, *, cuda: bool
+) -> bool:
+    """Go on with a run to its end, or to the next border of its length schedule; returns whether that is its end."""
     output = config.output
     with rundir.lock(output):
         rundir.claim(output, to_dict(config))
         began = time.monotonic()
         prompts.write_prompts(output / PROMPTS, plan)
+        rundir.write_json(output / prompts.REPORT, asdict(report))
+        log.info("%s: %s", config.name, report.describe(config))
         done = _resume_from(output / CHECKPOINTS)
+        stage = next((each for each in config.stages if each.end > done), config.stages[-1])
         if done:
             log.info("%s: goes on after step %d of %d", config.name, done, config.num_steps)
         (output / "log").mkdir(exist_ok=True)
         with (output / LOG).open("a") as file:
             watch = Watch.after(config, done, file, cuda=cuda)
-            log.info("%s: OpenRLHF starts; log: %s", config.name, output / LOG)
+            log.info(
+                "%s: OpenRLHF starts, responses of up to %s tokens; log: %s",
+                config.name,
+                f"{stage.max_response_tokens:,}",
+                output / LOG,
+            )
+            arguments = command(config, stage=stage, num_episodes=plan.num_episodes, cuda=cuda)
             try:
-                engine.run(command(config, num_episodes=plan.num_episodes, cuda=cuda), watch.line)
+                ended = engine.run(arguments, watch.line, lambda: _is_at_border(config, stage))
             except RunFailed as failure:
                 raise _failure(config, watch, failure) from None
+        if not ended:
+            log.info("%s: step %d is saved, and longer responses begin", config.name, stage.end)
+            return False
         rows = collect.read_metrics(output / collect.METRICS)
         if len(rows) < config.num_steps:
             rows = collect.fill_gaps(rows, collect.read_events(output / TENSORBOARD), config.num_steps)
@@ -161,6 +179,7 @@ def _run(config: RLConfig, plan: prompts.PromptPlan, engine: Cluster, *, cuda: b
             )
         _finish(config, rows)
         log.info("%s: done in %s; %s", config.name, console.duration(time.monotonic() - began), output / HF)
+        return True
 
 
 @dataclass(slots=True)
@@ -245,16 +264,38 @@ def _resume_from(folder: Path) -> int:
     older, and not needed, or was being written when the run was killed.
     """
     actor = folder / "_actor"
-    latest = actor / "latest"
-    tag = latest.read_text().strip() if latest.exists() else ""
-    if not tag or not (actor / tag).is_dir():
+    step = _latest_step(actor)
+    if not step:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(actor)
-        return 0
     for other in _checkpoints(actor):
-        if other.name != tag:
+        if other.name != f"global_step{step}":
             shutil.rmtree(other)
-    return int(tag.removeprefix("global_step"))
+    return step
+
+
+def _is_at_border(config: RLConfig, stage: LengthStage) -> bool:
+    """Whether the checkpoint at the end of a stage is there, and another stage follows.
+
+    Raises:
+        VerificationError: a later one is there already: it was trained with the responses of the stage before.
+    """
+    if stage.end == config.num_steps:
+        return False
+    saved = _latest_step(config.output / CHECKPOINTS / "_actor")
+    if saved > stage.end:
+        raise VerificationError(
+            f"{config.name}: step {saved} was saved before the run could be stopped at step {stage.end}",
+            fix="save less often (save_every_steps), or put the border elsewhere; begin anew in another folder",
+        )
+    return saved == stage.end
+
+
+def _latest_step(actor: Path) -> int:
+    """The step of the last whole checkpoint, 0 for none. DeepSpeed writes `latest` after all else."""
+    latest = actor / "latest"
+    tag = latest.read_text().strip() if latest.exists() else ""
+    return int(tag.removeprefix("global_step")) if tag and (actor / tag).is_dir() else 0
 
 
 def _checkpoints(actor: Path) -> Iterator[Path]:

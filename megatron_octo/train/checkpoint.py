@@ -21,6 +21,7 @@ from megatron_octo.errors import OctoError
 from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE, load_sharded, put_weights, sharded_weights
 from megatron_octo.platform import checkpoint_writer
 from megatron_octo.train.distributed import on_source, together
+from megatron_octo.train.optimizer import round_weights
 
 if TYPE_CHECKING:
     from megatron_octo.config.train import MidTrainConfig
@@ -106,8 +107,10 @@ class Writing:
         rundir.publish(folder, self.folder)
 
 
-def load(folder: Path, *, chunks: Sequence[Any], optimizer: Any | None, same_layout: bool) -> None:
-    """Fill the chunks, and the optimizer if given, from a save of any layout. All ranks call it.
+def load(folder: Path, *, chunks: Sequence[Any], optimizer: Any | None, same_layout: bool) -> dict[str, Any]:
+    """Fill the chunks, and the optimizer if given, from a save of any layout; returns what was read of it.
+
+    All ranks call it.
 
     Args:
         folder: a whole save.
@@ -126,8 +129,11 @@ def load(folder: Path, *, chunks: Sequence[Any], optimizer: Any | None, same_lay
     put_weights(chunks, loaded)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+        if chunks[0].config.fp8_param:
+            round_weights(optimizer)
     if same_layout:
         _set_random_states(loaded["random"])
+    return loaded
 
 
 def link(
@@ -175,10 +181,11 @@ def _random_states() -> Any:
     from megatron.core import tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+    tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
     states = {
         "cpu": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "tracker": {name: tensor_parallel.convert_cuda_rng_state(state) for name, state in tracked.items()},
     }
     return ShardedObject(
         "random",
@@ -193,8 +200,15 @@ def _set_random_states(states: dict[str, Any]) -> None:
     import torch
     from megatron.core import tensor_parallel
 
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    recorded = tensor_parallel.is_graph_safe_cuda_rng_tracker(tracker)  # under CUDA graphs: generators, not tensors
     torch.cuda.set_rng_state(states["device"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    tracker.set_states(
+        {
+            name: tensor_parallel.convert_cuda_rng_state(state, to_graphable=recorded)
+            for name, state in states["tracker"].items()
+        }
+    )
     torch.set_rng_state(states["cpu"])
 
 

@@ -71,7 +71,6 @@ def wrap_chunks(chunks: Sequence[Any], config: MidTrainConfig) -> list[Any]:
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.transformer.module import Float16Module
 
     parallel = config.parallel
     settings = DistributedDataParallelConfig(
@@ -79,22 +78,50 @@ def wrap_chunks(chunks: Sequence[Any], config: MidTrainConfig) -> list[Any]:
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=chunks[0].config.fp8_param,  # else the update never reaches weights that are kept in FP8
     )
-    wrapped = [
-        DistributedDataParallel(
-            chunk.config,
-            settings,
-            Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk,
-            disable_bucketing=index > 0,  # later chunks' reductions overlap with the pipeline itself
-        )
-        for index, chunk in enumerate(chunks)
-    ]
+    if parallel.fsdp:
+        wrapped = [_fully_sharded(chunk, settings) for chunk in chunks]
+    else:
+        wrapped = [
+            DistributedDataParallel(
+                chunk.config,
+                settings,
+                _in_its_precision(chunk),
+                disable_bucketing=index > 0,  # later chunks' reductions overlap with the pipeline itself
+            )
+            for index, chunk in enumerate(chunks)
+        ]
     no_sync = [each.no_sync for each in wrapped]
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         if parallel.overlap_grad_reduce:
             chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
+
+
+def _fully_sharded(chunk: Any, settings: Any) -> Any:
+    """The chunk in torch's FSDP, as megatron wraps it: a layer's weights are gathered when it runs, and dropped again.
+
+    What is in no layer stays gathered through a step, since tied embeddings are read at both ends.
+    """
+    from megatron.core.distributed import TorchFullyShardedDataParallel
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    class FullySharded(TorchFullyShardedDataParallel):
+        def scale_gradients(self, scaling_factor: float) -> None:
+            """By the tokens of all ranks; FSDP has divided the sum by its ranks."""
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scaling_factor * self.process_group.size())
+
+    return FullySharded(chunk.config, settings, _in_its_precision(chunk), {TransformerLayer})
+
+
+def _in_its_precision(chunk: Any) -> Any:
+    from megatron.core.transformer.module import Float16Module
+
+    return Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
 
 
 def bare(wrapped: Any) -> Any:

@@ -1,6 +1,7 @@
 """Marks: a save on the way becomes an export and scores, by `octo convert` and `octo evaluate` beside the training.
 
-What is done is what has its DONE: a resumed run starts what was cut off and nothing else. A failure is a warning.
+What is done is what has its DONE: a resumed run starts what was cut off and nothing else. A failure is a warning. The
+end of the stage waits for what is under way; a run that was asked to stop does not.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from typing import IO, TYPE_CHECKING
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.evaluate import ScoredModel
 from megatron_octo.console import logger
-from megatron_octo.platform.process import octo_command, tied_child
+from megatron_octo.platform.process import octo_command, stop, tied_child
 from megatron_octo.platform.process_group import launchers_variables
 from megatron_octo.rundir import is_done, step_folder, write_json
 from megatron_octo.train.state import saved_steps
 
 if TYPE_CHECKING:
     from megatron_octo.config.train import MidTrainConfig
+
+
+POLL_S = 0.5
+LEAVE_GRACE_S = 3.0
 
 
 class Marks:
@@ -32,6 +37,7 @@ class Marks:
         self._run, self._config = run, config
         self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._tried: set[int] = set()
+        self._left = threading.Event()
         self.in_use: set[int] = set()
         """Steps whose saves are still to be read: they are to be kept."""
 
@@ -47,16 +53,20 @@ class Marks:
 
     def work(self) -> None:
         """Do what was started, until `end`."""
-        while (step := self._waiting.get()) is not None:
+        while (step := self._waiting.get()) is not None and not self._left.is_set():
             try:
                 self._do(step)
             except OSError as error:
                 logger(__name__).warning("step %s: its mark failed, and nothing waits for it: %s", f"{step:,}", error)
             self.in_use.discard(step)
 
+    def leave(self) -> None:
+        """Cut off what is under way: the run was asked to stop."""
+        self._left.set()
+
     def end(self) -> None:
-        """Have `work` return once all is done."""
-        if self.in_use:
+        """Have `work` return once all is done, or cut off."""
+        if self.in_use and not self._left.is_set():
             steps = ", ".join(f"{step:,}" for step in sorted(self.in_use))
             logger(__name__).info("waiting for the export of step %s, and its scores if it has any", steps)
         self._waiting.put(None)
@@ -89,7 +99,14 @@ class Marks:
         devices = {"CUDA_VISIBLE_DEVICES": self._config.marks.devices}
         argv = octo_command(*command)
         with tied_child(argv, env=devices, without=launchers_variables(), output=output) as child:
-            code = child.wait()
+            while (code := child.poll()) is None and not self._left.wait(POLL_S):
+                pass
+            if code is None:
+                stop(child, grace_s=LEAVE_GRACE_S)
+                logger(__name__).info(
+                    "step %s: `octo %s` was cut off; a resume starts it again", f"{step:,}", command[0]
+                )
+                return False
         if code != 0:
             logger(__name__).warning(
                 "step %s: `octo %s` ended with exit code %d, and nothing waits for it; %s says why",
@@ -103,7 +120,10 @@ class Marks:
 
 @contextlib.contextmanager
 def marks(run: Path, config: MidTrainConfig) -> Iterator[Marks]:
-    """Yield the run's marks, and wait at the end for what they started. An error ends that with this process."""
+    """Yield the run's marks; at the end wait for what they started, or cut it off if it was left.
+
+    An error ends that with this process.
+    """
     ours = Marks(run, config)
     worker = threading.Thread(target=ours.work, daemon=True)
     worker.start()

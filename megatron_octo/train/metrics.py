@@ -5,23 +5,26 @@ Rank 0 alone makes one of these.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo.config.base import to_dict
 from megatron_octo.console import duration, logger
+from megatron_octo.errors import OctoError
 from megatron_octo.model.flops import peak_flops, train_flops_per_token
 from megatron_octo.rundir import write_atomic
+from megatron_octo.train.checkpoint import FIX
 
 if TYPE_CHECKING:
     from megatron_octo.config.train import MidTrainConfig, TrainPlan
     from megatron_octo.train.step import StepResult
 
-FILE = "metrics.jsonl"
+FILE, BOARD = "metrics.jsonl", "tensorboard"
 GIB = 2**30
 
 
@@ -56,6 +59,7 @@ class Metrics:
             "optim/grad_norm": result.grad_norm,
             **more,
             **{f"valid/{name}/loss": loss for name, loss in held_out.items()},
+            "memory/peak_gib": peak_memory_gib(),
             "time_s": self.time_s,
         }
         if result.skipped:
@@ -66,11 +70,13 @@ class Metrics:
             if self._peak:
                 row["throughput/mfu"] = self._mfu(row["throughput/tokens_per_second"], self._peak)
         row = {name: value for name, value in row.items() if math.isfinite(value)}  # JSON has no other numbers
-        self._file.write(json.dumps(row) + "\n")
+        with _writing(self._run / FILE):
+            self._file.write(json.dumps(row) + "\n")
         shown = {name: value for name, value in row.items() if "/" in name}
         if self._board:
-            for name, value in shown.items():
-                self._board.add_scalar(name, value, step)
+            with _writing(self._run / BOARD):
+                for name, value in shown.items():
+                    self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log({"tokens": row["tokens"], **shown}, step=step)
         self._say(step, result, rate, held_out)
@@ -81,10 +87,16 @@ class Metrics:
         self._open(step)
 
     def flush(self) -> None:
-        """Put everything recorded on disk; a save calls it first, so that no save is ahead of the metrics."""
-        self._file.flush()
+        """Put everything recorded on disk; a save calls it first, so that no save is ahead of the metrics.
+
+        Raises:
+            OctoError: the disk is full, or fails.
+        """
+        with _writing(self._run / FILE):
+            self._file.flush()
         if self._board:
-            self._board.flush()
+            with _writing(self._run / BOARD):
+                self._board.flush()
 
     def close(self) -> None:
         """Flush and close the sinks on disk."""
@@ -100,9 +112,11 @@ class Metrics:
             self._wandb.finish()
 
     def _open(self, step: int) -> None:
-        _drop_after(self._run / FILE, step)
-        self._file = (self._run / FILE).open("a")
-        self._board = _tensorboard(self._run / "tensorboard", purge_step=step + 1)
+        with _writing(self._run / FILE):
+            _drop_after(self._run / FILE, step)
+            self._file = (self._run / FILE).open("a")
+        with _writing(self._run / BOARD):
+            self._board = _tensorboard(self._run / BOARD, purge_step=step + 1)
 
     def _say(self, step: int, result: StepResult, rate: float, held_out: Mapping[str, float]) -> None:
         log = logger(__name__)
@@ -118,13 +132,11 @@ class Metrics:
 
     def _line(self, step: int, result: StepResult, rate: float) -> str:
         total = self._plan.num_steps
-        fields = [
-            f"step {step:,}/{total:,}",
-            f"{100 * step / total:.1f}%",
-            f"loss {result.loss:.4f}",
-            f"lr {rate:.2e}",
-            f"grad {result.grad_norm:.2f}",
-        ]
+        fields = [f"step {step:,}/{total:,}", f"{100 * step / total:.1f}%"]
+        if result.is_left_out:
+            fields.append("left out")
+        else:
+            fields += [f"loss {result.loss:.4f}", f"lr {rate:.2e}", f"grad {result.grad_norm:.2f}"]
         if self._since_log:
             seconds = sum(self._since_log) / len(self._since_log)
             per_second = self._plan.batch_tokens / seconds
@@ -168,6 +180,15 @@ def _gpu_peak() -> float | None:
     import torch
 
     return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the disk says against writing `path`, said with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise OctoError(f"{path} was not written: {error}", fix=FIX) from error
 
 
 def _drop_after(path: Path, step: int) -> None:

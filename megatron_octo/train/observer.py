@@ -61,7 +61,9 @@ class Observer:
         if self.marks:
             self.marks.start()
 
-    def finished(self) -> None:
-        """The last step counts and is saved."""
+    def finished(self, *, stopped: bool) -> None:
+        """The last step counts and is saved; `stopped` if not at the stage's end, but because someone asked."""
         if self.metrics:
             self.metrics.finish()
+        if stopped and self.marks:
+            self.marks.leave()

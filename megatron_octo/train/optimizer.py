@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +40,18 @@ def set_numbers(optimizer: Any, config: MidTrainConfig) -> None:
     for group in optimizer.param_groups:
         group["betas"] = (ours.beta1, ours.beta2)
         group["eps"] = ours.eps
+
+
+def follow_weights(optimizer: Any, weights: Mapping[str, Any], config: MidTrainConfig) -> None:
+    """Give the fp32 copies the values of the `weights` just loaded: of FP8 weights as they were read, not rounded."""
+    optimizer.reload_model_params(state_dict=weights if config.precision.fp8_weights else None)
+
+
+def round_weights(optimizer: Any) -> None:
+    """Make FP8 weights of the fp32 copies, as an update does: a save has them in bf16, which rounds their scales."""
+    for each in optimizer.chained_optimizers:
+        each._copy_main_params_to_model_params()
+        each.start_param_sync_for_bucket_group_subset()
 
 
 def gradient_norm(optimizer: Any) -> float:

@@ -37,7 +37,7 @@ from megatron_octo.train.distributed import Place, build_chunks, place, wrap_chu
 from megatron_octo.train.marks import Marks, marks
 from megatron_octo.train.metrics import Metrics
 from megatron_octo.train.observer import Observer
-from megatron_octo.train.optimizer import build_optimizer, set_numbers, set_rates
+from megatron_octo.train.optimizer import build_optimizer, follow_weights, set_numbers, set_rates
 from megatron_octo.train.saver import Saver, newest_good, require_good
 from megatron_octo.train.start import check_budget, data_phases, newest_readable, shared_data, start_folder
 from megatron_octo.train.state import TrainState, read_state
@@ -109,10 +109,11 @@ def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
     inputs, platform = check(config, me.size, reweigh=reweigh), resolve()
     check_platform(config, platform)
     with contextlib.ExitStack() as stack:
-        beside = stack.enter_context(marks(run, config)) if me.rank == 0 else None
         if me.rank == 0:
             stack.enter_context(rundir.lock(run))
-        stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed))
+        beside = stack.enter_context(marks(run, config)) if me.rank == 0 else None
+        graphs = config.compute.cuda_graphs
+        stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed, cuda_graphs=graphs))
         signals = stack.enter_context(stop_signals())  # until here they end a rank that waits for another one
         log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
         if missing := fp8_missing(config.precision, platform):
@@ -179,7 +180,7 @@ def _train(
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     plan, here = inputs.plan, place()
-    save = newest_good(run)
+    save = _good_save(config, inputs, run)
     cut = not config.data.across_documents  # then every stage finds the documents' borders in the tokens
     if here.is_source:
         _write_records(config, inputs, platform, run)
@@ -254,9 +255,18 @@ def _train(
         stopped = result.votes.stop > 0
     saver.wait()
 
-    observer.finished()
+    observer.finished(stopped=stopped)
     if here.is_source:
         _close(config, run, state)
+
+
+def _good_save(config: MidTrainConfig, inputs: Inputs, run: Path) -> Path | None:
+    """The save that the run goes on from; None at its start, which its parent's save is good for. All ranks call it."""
+    save = newest_good(run)
+    if save is None and isinstance(config.start, FromRun):
+        assert inputs.start_folder is not None
+        require_good(inputs.start_folder)
+    return save
 
 
 def _close(config: MidTrainConfig, run: Path, state: TrainState) -> None:
@@ -284,19 +294,18 @@ def _fill(
         start = config.start
         if isinstance(start, FromImport):
             assert inputs.start_folder is not None
-            load_weights(chunks, inputs.start_folder)
+            follow_weights(optimizer, load_weights(chunks, inputs.start_folder), config)
         elif isinstance(start, FromRun):
             assert inputs.start_folder is not None
-            require_good(inputs.start_folder)
             log.info("%s", shared_data(start, inputs.mixture, inputs.start_folder))
-            checkpoint.load(
+            loaded = checkpoint.load(
                 inputs.start_folder,
                 chunks=chunks,
                 optimizer=optimizer if start.optimizer else None,
                 same_layout=start.optimizer and read_state(inputs.start_folder).layout == layout,
             )
-        if not (isinstance(start, FromRun) and start.optimizer):
-            optimizer.reload_model_params()  # the fp32 copies follow the weights just loaded
+            if not start.optimizer:
+                follow_weights(optimizer, loaded, config)
         log.info("started from %s", inputs.start_folder or f"random weights, seed {config.seed}")
     set_numbers(optimizer, config)
     mixture = inputs.mixture

@@ -56,20 +56,25 @@ class Saver:
         self._is_source = dist.get_rank() == 0
         self._writing: Writing | None = None
         self._last_s = time.monotonic()
+        self._asked_stop = self._asked_save = False
 
     def votes(self, *, stop: bool) -> Votes:
         """What this rank asks for at the coming step; `stop` says whether it was told to end by a signal.
 
-        Rank 0 alone looks at the run's folder and at the clock.
+        Rank 0 alone looks at the run's folder and at the clock. It asks again until it was heard: nobody is at a step
+        that is left out or rolled back.
         """
-        save = False
         if self._is_source:
-            stop |= take_file(self._run / STOP_FILE)
             minutes = self._config.save.every_minutes
-            save = take_file(self._run / SAVE_FILE) or (
+            self._asked_stop |= take_file(self._run / STOP_FILE)
+            self._asked_save |= take_file(self._run / SAVE_FILE) or (
                 minutes is not None and time.monotonic() - self._last_s >= 60 * minutes
             )
-        return Votes(stop=stop, save=save, writing=self._writing is not None and not self._writing.is_written)
+        return Votes(
+            stop=stop or self._asked_stop,
+            save=self._asked_save,
+            writing=self._writing is not None and not self._writing.is_written,
+        )
 
     def step_ended(self, state: TrainState, votes: Votes, ledger: Ledger | None) -> TrainState:
         """Finish a save that, by `votes`, all ranks have written; begin the one that is due. Returns the state, timed.
@@ -98,7 +103,7 @@ class Saver:
         self.wait()
         folder = rundir.step_folder(self._run, state.step)
         self._writing = Writing(folder, state, config=self._config, ledger=ledger, **self._parts)
-        self._last_s = time.monotonic()
+        self._last_s, self._asked_save = time.monotonic(), False
 
     def wait(self) -> None:
         """Wait for the save under way, if any, to be whole; then remove those that it supersedes.
@@ -158,7 +163,11 @@ def require_good(save: Path) -> None:
     """
     wrong = _faults(save)
     if wrong:
-        raise BadInput(f"the save {save} is damaged: {wrong}", fix="start from another save (--start.step)")
+        steps = ", ".join(f"{step:,}" for step in saved_steps(save.parents[1]) if step != int(save.name[5:]))
+        raise BadInput(
+            f"the save {save} is damaged: {wrong}",
+            fix=f"start from another save of that run (--start.step); it has saves at steps {steps or '- none'}",
+        )
 
 
 def _faults(save: Path) -> str:

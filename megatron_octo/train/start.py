@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_octo import rundir
-from megatron_octo.budget.ledger import Phase, next_phases, read_ledger
+from megatron_octo.budget.ledger import Phase, Stream, next_phases, read_ledger
 from megatron_octo.budget.schedule import rate_at
 from megatron_octo.config.base import read_settings
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig
 from megatron_octo.data import mix
 from megatron_octo.data.mixture import Mixture, check_unchanged
-from megatron_octo.errors import BadInput, OctoError
+from megatron_octo.errors import BadInput
 from megatron_octo.model.weights import check_shape
-from megatron_octo.train.state import read_state, saved_steps
+from megatron_octo.train.state import UNREADABLE, read_state, readable_states, saved_steps
 
 
 def start_folder(config: MidTrainConfig, mixture: Mixture) -> Path | None:
@@ -38,6 +39,15 @@ def start_folder(config: MidTrainConfig, mixture: Mixture) -> Path | None:
     return folder
 
 
+def check_parent(start: FromRun, config: MidTrainConfig) -> None:
+    """Refuse a parent that the stage could not start from, its data aside.
+
+    Raises:
+        BadInput: it has no such save, or is another model.
+    """
+    check_shape(config.model, _parent_save(start, config.name))
+
+
 def newest_readable(run: Path) -> Path | None:
     """The newest save of a run whose records can be read, None if there is none.
 
@@ -45,9 +55,7 @@ def newest_readable(run: Path) -> Path | None:
     """
     for step in reversed(saved_steps(run)):
         save = rundir.step_folder(run, step)
-        with contextlib.suppress(
-            OctoError, TypeError, ValueError, LookupError
-        ):  # whatever a changed byte makes of JSON
+        with contextlib.suppress(*UNREADABLE):
             read_state(save)
             read_ledger(save)
             return save
@@ -72,6 +80,8 @@ def data_phases(config: MidTrainConfig, save: Path | None, start: Path | None) -
 def check_budget(config: MidTrainConfig, mixture: Mixture, phase: Phase) -> None:
     """Refuse a phase that has nothing to read, or that reads a source too often.
 
+    What was read before counts: by the stage, and by a parent that it reads on after.
+
     Raises:
         BadInput: so it is.
     """
@@ -81,8 +91,9 @@ def check_budget(config: MidTrainConfig, mixture: Mixture, phase: Phase) -> None
             f"{config.name} has read all its {config.budget.train_tokens:,} tokens: none is left to weigh anew",
             fix="go on with the settings of the run folder, without --reweigh",
         )
-    read_before = {line.name: line.consumed for line in phase.before}
-    mix.check_repeats(mix.plan(config.data, available=mixture.tokens, train_tokens=left, read_before=read_before))
+    read_before = _tokens_read(phase.streams, mixture, config.data.seq_length)
+    plans = mix.plan(config.data, available=mixture.tokens, train_tokens=left, read_before=read_before)
+    mix.check_repeats(plans, reader="before" if phase.start_sequences else "by the parent")
 
 
 def shared_data(start: FromRun, mixture: Mixture, save: Path) -> str:
@@ -91,8 +102,20 @@ def shared_data(start: FromRun, mixture: Mixture, save: Path) -> str:
     shared = sorted({mixture.names[each.source] for each in mixture.shards if each.prefix.resolve() in read})
     if not shared:
         return "reads no data set that the parent read"
-    how = "after what it read" if start.skip_consumed else "from the beginning again (--start.skip-consumed goes on)"
+    how = (
+        "on from there, and again once none of it is unread"
+        if start.skip_consumed
+        else "from the beginning again (--start.skip-consumed goes on)"
+    )
     return f"data sets that the parent read too: {', '.join(shared)}; this stage reads them {how}"
+
+
+def _tokens_read(streams: Sequence[Stream], mixture: Mixture, seq_length: int) -> dict[str, int]:
+    """Tokens of each source that were read, by its name."""
+    used, read = {stream.prefix: stream.used for stream in streams}, dict.fromkeys(mixture.names, 0)
+    for shard in mixture.shards:
+        read[mixture.names[shard.source]] += used.get(shard.prefix.resolve(), 0) * seq_length
+    return read
 
 
 def _import(start: FromImport) -> Path:
@@ -115,7 +138,7 @@ def _parent_save(start: FromRun, name: str) -> Path:
             f"the parent run {parent} {state}",
             fix="train it to its end first (`octo train`), or name a save (--from RUN@TOKENS, or start.step)",
         )
-    saves = {step: read_state(rundir.step_folder(parent, step)).tokens for step in saved_steps(parent)}
+    saves = {step: state.tokens for step, state in readable_states(parent).items()}
     if start.step is not None:
         which, found = f" at step {start.step:,}", [step for step in saves if step == start.step]
     elif start.tokens is not None:
@@ -155,6 +178,12 @@ def _check_branch(config: MidTrainConfig, start: FromRun, mixture: Mixture, save
             f"the moments in {save} were saved with parallel.distributed_optimizer {kept}, this run has {wanted}",
             fix="use the parent's setting, or start without its moments (start.optimizer False)",
         )
+    before, now = parent.precision.dtype, config.precision.dtype
+    if start.optimizer and not wanted and before != now:  # only the distributed optimizer keeps fp32 copies of both
+        raise BadInput(
+            f"the moments in {save} were saved with precision.dtype {before}, this run has {now}",
+            fix="use the parent's setting, or start without its moments (start.optimizer False)",
+        )
     if start.skip_consumed:
         check_unchanged(mixture, state.data, save)
         if parent.data.seq_length != config.data.seq_length:
@@ -163,3 +192,4 @@ def _check_branch(config: MidTrainConfig, start: FromRun, mixture: Mixture, save
                 f"have {parent.data.seq_length:,}",
                 fix="use the parent's data.seq_length, or read the sources from their beginning",
             )
+        check_budget(config, mixture, data_phases(config, None, save)[-1])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_octo.budget.watch import WatchState
 from megatron_octo.config.base import Settings, read_settings, to_dict
+from megatron_octo.errors import OctoError
 from megatron_octo.rundir import DONE, step_folder, write_json
 
 FILE = "state.json"
+UNREADABLE = (OctoError, TypeError, ValueError, LookupError)
+"""What reading a save's records raises, whatever a changed byte makes of their JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +45,15 @@ class TrainState(Settings):
 def read_state(save: Path) -> TrainState:
     """The state in a save."""
     return read_settings(TrainState, save / FILE)
+
+
+def readable_states(run: Path) -> dict[int, TrainState]:
+    """The states of a run's whole saves, by their steps; saves whose state cannot be read are left out."""
+    states = {}
+    for step in saved_steps(run):
+        with contextlib.suppress(*UNREADABLE):
+            states[step] = read_state(step_folder(run, step))
+    return states
 
 
 def saved_steps(run: Path) -> list[int]:

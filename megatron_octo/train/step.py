@@ -55,6 +55,11 @@ class StepResult:
         return gravity(self.finding) > 0
 
     @property
+    def is_left_out(self) -> bool:
+        """Whether nothing was computed."""
+        return self.finding is LEFT_OUT
+
+    @property
     def rolls_back(self) -> bool:
         """Whether the run is to go back to its last save."""
         return self.finding is not None and self.finding.action == "roll_back"
@@ -197,7 +202,10 @@ def _context_share(batch: dict[str, torch.Tensor], config: Any) -> dict[str, tor
     """This rank's share of each sequence under context parallelism."""
     if config.context_parallel_size == 1:
         return batch
+    from megatron.core import parallel_state as groups
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    share: dict[str, torch.Tensor] = get_batch_on_this_cp_rank(batch)
+    share: dict[str, torch.Tensor] = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=groups.get_context_parallel_group()
+    )
     return share

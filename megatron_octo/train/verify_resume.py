@@ -24,7 +24,7 @@ from megatron_octo.data.verify import verify
 from megatron_octo.errors import BadInput
 from megatron_octo.train.run import FIX, MAY_DIFFER, REWEIGHED, finished, index_is_whole
 from megatron_octo.train.start import data_phases
-from megatron_octo.train.state import read_state, saved_steps
+from megatron_octo.train.state import read_state, readable_states
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ def _save(config: MidTrainConfig) -> Path:
     """The run's last save that batches follow."""
     run = rundir.run_folder(config.name)
     finished(config)
-    steps = [step for step in saved_steps(run) if step < config.num_steps]
+    steps = [step for step in readable_states(run) if step < config.num_steps]
     if not steps:
         raise BadInput(f"{run} has no save that batches follow", fix="train it until it has saved")
     save = rundir.step_folder(run, steps[-1])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_octo import rundir
+from megatron_octo import lineage, rundir
 from megatron_octo.cli import app
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
-from tests.conftest import REPOSITORY, Octo, snapshot
+from tests.conftest import REPOSITORY, Octo, snapshot, word_tokenizer
 
 RECIPE = f"{REPOSITORY / 'recipes/miniature.py'}:pipeline"
 Run = Callable[..., tuple[int, str, str]]
@@ -35,15 +36,7 @@ def convert(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def miniature(runs: Path) -> Path:
     """The miniature's folder, with a tokenizer in it."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    folder = runs / "miniature"
-    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(
-        folder / "tokenizer"
-    )
-    return folder
+    return word_tokenizer(runs / "miniature/tokenizer").parent
 
 
 @pytest.fixture
@@ -70,11 +63,22 @@ def test_the_last_save_of_a_run_is_exported_and_verified(octo: Octo, run_folder:
     assert done.returncode == 0, done.stderr
     said, out = json.loads(done.stdout), run_folder / "hf/step_00000005"
     assert (said["output"], said["dtype"], said["num_parameters"]) == (str(out), "bf16", 1_033_344)
-    assert "tensors bit-identical" in done.stderr
-    assert rundir.is_done(out) and rundir.read_json(out / "verify.json")["num_positions"] >= 1000
+    report = rundir.read_json(out / "verify.json")
+    assert rundir.is_done(out) and report["num_positions"] >= 1000
+    assert report["tokens"] == "random tokens, since the tokenizer makes too little of sample.txt"
+    assert "tensors bit-identical" in done.stderr and report["tokens"] in done.stderr
     assert (out / "tokenizer.json").read_bytes() == (
         run_folder.parent / "miniature/tokenizer/tokenizer.json"
     ).read_bytes()
+
+
+def test_where_no_folder_is_given_that_of_a_llama_begins_with_llama(convert: Run, run_folder: Path) -> None:
+    save = rundir.step_folder(run_folder, 5)
+    llama = lineage.Lineage(name="Llama-3.2-1B", kind="base", weights_sha256="")
+    lineage.write(save, replace(lineage.read(save), name="stage", parent=llama))
+    code, out, _ = convert("to-hf", run_folder, "--skip-verify")
+    assert (code, out) == (0, f"{run_folder / 'hf/Llama-3.2-stage-step_00000005'}\n")
+    assert (Path(out.strip()) / "README.md").read_text().startswith("# Llama-3.2-stage\n")
 
 
 def test_an_unverified_export_holds_no_report(convert: Run, run_folder: Path, tmp_path: Path) -> None:
@@ -121,19 +125,34 @@ def test_bad_input_is_told_and_changes_nothing(convert: Run, run_folder: Path, m
     foreign = Path(shutil.copytree(base, runs / "foreign"))
     config = rundir.read_json(foreign / "config.json")
     rundir.write_json(foreign / "config.json", {**config, "model_type": "llama4"})
+    for name, changes in {
+        "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        "large": {"vocab_size": config["vocab_size"] + 1},
+    }.items():
+        shutil.copytree(base, runs / name)
+        rundir.write_json(runs / name / "config.json", {**config, **changes})
+    cut = Path(shutil.copytree(base, runs / "cut"))
+    (cut / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1])
+    torn = Path(shutil.copytree(save, rundir.step_folder(run_folder, 6)))
+    (torn / "DONE").unlink()
     (runs / "notes").mkdir()
     (runs / "notes/a.txt").write_text("kept")
     before = snapshot(runs)
     cases = {
         ("from-hf", runs / "absent", runs / "out"): "no such folder",
         ("from-hf", foreign, runs / "out"): "model_type 'llama4' is not supported\n  fix: did you mean 'llama'?",
+        ("from-hf", runs / "yarn", runs / "out"): "rotary scaling of type 'yarn'",
+        ("from-hf", runs / "large", runs / "out"): "embed_tokens.weight is",
+        ("from-hf", cut, runs / "out"): "model.safetensors cannot be read",
         ("from-hf", base, runs / "notes"): "holds something else",
         ("from-hf", base, runs / "notes", "--overwrite"): "holds something else",
         ("to-hf", runs / "absent"): "no folder",
         ("to-hf", base, runs / "out"): "no whole save",
+        ("to-hf", torn, runs / "out"): "is torn: it has no DONE",
         ("to-hf", save, runs / "out", "--tokenizer", runs / "notes"): "no tokenizer",
         ("to-hf", save, run_folder): "holds something else",
         ("verify", save, runs / "notes"): "no *.safetensors",
+        ("verify", save, base, "--text", runs / "absent.txt"): "no such file",
         ("random-base", f"{RECIPE[:-8]}stable"): "describes no random base",
     }
     for args, told in cases.items():

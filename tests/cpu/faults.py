@@ -1,4 +1,4 @@
-"""Operations on a run's saves that fail, or kill the process, at a chosen one; installed on a rank by the zygote.
+"""Operations on the disk that fail, or kill the process, at a chosen one; installed on a rank by the zygote.
 
 An operation is: a file opened to write, a write, an fsync, a rename, a folder made, a file or folder removed.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import errno
 import io
+import itertools
 import os
 import signal
 import time
@@ -19,22 +20,22 @@ SAVES = "/checkpoints/"
 BUFFER = 1 << 16  # torch writes a few bytes at a time
 
 
-def install(mode: str, at: int, record: str, rank: str = "0") -> None:
-    """From now on the operation numbered `at`, of those on saves by `rank`, does what `mode` says.
+def install(mode: str, at: int, record: str, rank: str = "0", where: str = SAVES) -> None:
+    """From now on the operation numbered `at`, of those by `rank` on paths with `where` in them, does what `mode` says.
 
     kill: the process dies in it; error: it alone fails; full: it and all after it find the disk full. What is written
     then is written by half. Every operation adds its name to the file `record`.
     """
     if os.environ.get("RANK", "0") != rank:
         return
-    log, seen = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND), [0]
+    log, numbers = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND), itertools.count(1)
 
     def meet(what: str, path: object, by_half: Callable[[], object] = lambda: None) -> None:
-        if SAVES not in os.fsdecode(str(path)):
+        if where not in os.fsdecode(str(path)):
             return
-        seen[0] += 1
+        number = next(numbers)  # threads count at once
         os.write(log, f"{what} {path}\n".encode())
-        if seen[0] == at or (mode == "full" and seen[0] > at > 0 and what in ("open", "write", "mkdir")):
+        if number == at or (mode == "full" and number > at > 0 and what in ("open", "write", "mkdir")):
             by_half()
             if mode == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -48,7 +49,7 @@ def install(mode: str, at: int, record: str, rank: str = "0") -> None:
     really_open, really_sync = builtins.open, os.fsync
 
     def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(file, str | os.PathLike) or not set(mode) & set("wax") or SAVES not in os.fspath(file):
+        if not isinstance(file, str | os.PathLike) or not set(mode) & set("wax") or where not in os.fspath(file):
             return really_open(file, mode, *args, **kwargs)
         meet("open", file)
         buffered = io.BufferedWriter(Raw(file, mode.replace("b", "").replace("t", "")), BUFFER)

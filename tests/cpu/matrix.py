@@ -31,6 +31,8 @@ from tests.prepared import stage, write_data, write_source, write_tokenizer, wri
 LAYOUTS = {
     "dp2": ParallelConfig(),
     "dp2-overlap": ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True),
+    "dp2-plain": ParallelConfig(distributed_optimizer=False),
+    "fsdp2": ParallelConfig(fsdp=True, distributed_optimizer=False),
     "tp2": ParallelConfig(tensor=2),
     "tp2-sp": ParallelConfig(tensor=2, sequence=True),
     "pp2": ParallelConfig(pipeline=2),
@@ -38,6 +40,7 @@ LAYOUTS = {
 }
 # A save of the layout before the arrow is resumed by the one after it.
 CHANGES = {"tp2-sp": "pp2", "pp2": "dp2", "pp2-vpp2": "tp2", "dp2": "pp2-vpp2"}
+BF16_LAYOUTS = ("dp2", "tp2-sp", "pp2")
 PEAK = 3e-3
 
 
@@ -63,7 +66,8 @@ def main(folder: Path) -> None:
 def train_alone(folder: Path) -> None:
     """The stages of one rank: the reference, resume, branches, starts."""
     data = folder / "data"
-    train(replace(stage(data, "base", steps=1)))
+    train(stage(data, "base", steps=1))
+    train(laid_out(stage(data, "base-fsdp", steps=1), ParallelConfig(distributed_optimizer=False)))
     train(child(folder, "reference"))
 
     # an interrupted attempt that went beyond its last save, and left a torn one
@@ -102,6 +106,7 @@ def train_alone(folder: Path) -> None:
     shutil.copytree(rundir.step_folder(rundir.run_folder("base"), 1), folder / "import")
     train(replace(short(stage(data, "imported", steps=2)), start=FromImport(path=folder / "import")))
     train(bf16(folder, "bf16"))
+    train(bf16(folder, "bf16-fresh", moments=False))
     write_groups(rundir.step_folder(run, 20), folder / "groups.json")
 
 
@@ -149,20 +154,30 @@ def train_together(folder: Path) -> None:
 
     dist.init_process_group("gloo")
     for name, layout in LAYOUTS.items():
-        train(replace(child(folder, name), parallel=layout))
+        train(laid_out(child(folder, name), layout))
     for before, after in CHANGES.items():
         name = f"{before}-then-{after}"
         if dist.get_rank() == 0:
             interrupt(before, name, after=10)
         dist.barrier()
         train(replace(child(folder, name), parallel=LAYOUTS[after]))
-    for name in ("dp2", "tp2-sp"):
+    for name in ("dp2", "fsdp2", "tp2-sp"):
         if dist.get_rank() == 0:
             interrupt(name, f"{name}-resumed", after=10)
         dist.barrier()
-        train(replace(child(folder, f"{name}-resumed"), parallel=LAYOUTS[name]))
-    train(replace(bf16(folder, "bf16-tp2"), parallel=LAYOUTS["tp2-sp"]))
+        train(laid_out(child(folder, f"{name}-resumed"), LAYOUTS[name]))
+    for layout in BF16_LAYOUTS:
+        train(replace(bf16(folder, f"bf16-{layout}"), parallel=LAYOUTS[layout]))
+    train(replace(bf16(folder, "bf16-fsdp2", moments=False), parallel=LAYOUTS["fsdp2"]))
     dist.destroy_process_group()
+
+
+def laid_out(config: MidTrainConfig, layout: ParallelConfig) -> MidTrainConfig:
+    """The stage on `layout`; without the distributed optimizer, from moments that were saved without it too."""
+    config = replace(config, parallel=layout)
+    if layout.distributed_optimizer or not isinstance(config.start, FromRun):
+        return config
+    return replace(config, start=replace(config.start, run=f"{config.start.run}-fsdp"))
 
 
 def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
@@ -185,9 +200,9 @@ def reweighed(folder: Path, name: str) -> MidTrainConfig:
     return replace(config, data=replace(config.data, sources=(replace(a, weight=0.3), replace(b, weight=0.5), c)))
 
 
-def bf16(folder: Path, name: str) -> MidTrainConfig:
-    """5 steps in bf16 from weights that were trained in fp32."""
-    small = replace(stage(folder / "data", name, steps=5), start=FromRun(run="base"))
+def bf16(folder: Path, name: str, *, moments: bool = True) -> MidTrainConfig:
+    """20 steps in bf16 from weights that were trained in fp32."""
+    small = replace(stage(folder / "data", name, steps=20), start=FromRun(run="base", optimizer=moments))
     return replace(small, precision=PrecisionConfig(dtype="bf16"))
 
 

@@ -1,17 +1,9 @@
-"""Conversion proven on real megatron-core: logits, layouts, real weights, and mistakes that must be caught.
-
-Run as a script this file is the two launches that the tests share: `single` and, under torchrun, `layouts`.
-"""
+"""Conversion proven on real megatron-core: logits, layouts, and mistakes that must be caught."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,13 +15,10 @@ from megatron_octo import lineage, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
-from megatron_octo.config.train import ParallelConfig, PrecisionConfig
+from megatron_octo.config.train import ParallelConfig
 from megatron_octo.errors import BadInput, VerificationError
-
-REPOSITORY = Path(__file__).parents[2]
-DATA = Path(os.environ.get("OCTO_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
-STORIES = DATA / "stories260K"
-NEW_TOKENS = 256  # what golden_greedy.txt holds
+from tests.cpu import megatron_models
+from tests.cpu.zygote import Zygote
 
 MODEL = ModelConfig(
     hidden_size=64,
@@ -37,7 +26,7 @@ MODEL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     ffn_size=96,
-    vocab_size=64,
+    vocab_size=320,
     tied_embeddings=False,
     rope_factor=32.0,
     max_positions=2048,
@@ -48,6 +37,7 @@ LAYOUTS = {
     "pipeline": ParallelConfig(pipeline=2),
     "interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "data": ParallelConfig(),
+    "all": ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2),
 }
 
 
@@ -56,18 +46,18 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, `base`, a random model, and `import`, made from it."""
-    from tokenizers import Tokenizer, models
+    """A folder with a tokenizer of bytes, `base`, a random model, and `import`, made from it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from megatron_octo.convert.from_hf import from_hf
     from megatron_octo.convert.random_base import random_base
 
     folder = tmp_path_factory.mktemp("convert")
-    vocabulary = {name: index for index, name in enumerate(["<s>", "</s>", "<unk>"])}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")), bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder / "words")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({name: index for index, name in enumerate(["<s>", "</s>", *alphabet])}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder / "words")
     random_base(RandomBaseConfig(model=MODEL, tokenizer=folder / "words", output=folder / "base"))
     _randomise_norms(folder / "base/model.safetensors")
     from_hf(folder / "base", folder / "import")
@@ -75,15 +65,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(work: Path) -> dict[str, Any]:
+def single(work: Path, zygote: Zygote) -> dict[str, Any]:
     """What one process found out."""
-    return _launch([sys.executable], "single", work)
+    _launch(zygote, "write_findings", work, ranks=1)
+    found: dict[str, Any] = rundir.read_json(work / "single.json")
+    return found
 
 
 @pytest.fixture(scope="module")
-def layouts(work: Path) -> Path:
-    """A folder of saves: the import, loaded and saved again by two ranks at each layout."""
-    _launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "layouts", work)
+def layouts(work: Path, zygote: Zygote) -> Path:
+    """A folder of saves: the import, loaded and saved again by four ranks at each layout."""
+    _launch(zygote, "write_layouts", work, ranks=4)
     return work / "layouts"
 
 
@@ -92,7 +84,7 @@ def test_an_export_gives_the_logits_of_the_megatron_model(single: dict[str, Any]
     for dtype in ("fp32", "bf16"):
         report = single["verified"][dtype]
         assert report["num_tensors"] == 4 * 9 + 3
-        assert report["num_positions"] >= 1000
+        assert report["num_positions"] >= 1000 and report["tokens"] == "tokens of sample.txt"
         assert report["num_argmax_differences"] == 0
         assert report["max_logit_difference"] <= 1e-6 * report["max_logit"] <= 1e-4
         assert 0 <= report["mean_kl"] < 1e-10
@@ -130,6 +122,8 @@ MISTAKES = (
     "rotary factor",
     "key and value exchanged",
     "norms exchanged",
+    "norm reversed",
+    "output projection untransposed",
 )
 
 
@@ -149,15 +143,6 @@ def test_mistakes_that_a_round_trip_cannot_see_show_in_the_logits(single: dict[s
 def test_a_changed_export_fails_a_later_check_and_loses_its_report(single: dict[str, Any]) -> None:
     assert "1 tensors differ" in single["changed"]["raised"]
     assert not single["changed"]["left_behind"]
-
-
-def test_a_trained_model_writes_its_story_after_both_conversions(single: dict[str, Any]) -> None:
-    if not STORIES.is_dir():
-        pytest.skip(f"no trained weights: {STORIES} is absent (OCTO_TEST_DATA names its parent)")
-    stories = single["stories"]
-    assert stories["text"].startswith((STORIES / "golden_greedy.txt").read_text())
-    assert stories["num_tokens"] == NEW_TOKENS + 1
-    assert stories["verified"]["max_logit_difference"] < 1e-4
 
 
 @pytest.mark.timeout(600)
@@ -207,27 +192,21 @@ def _randomise_norms(file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _launch(launcher: list[str], what: str, work: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [*launcher, __file__, what, str(work)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    result: dict[str, Any] = json.loads((work / f"{what}.json").read_text())
-    return result
+def _launch(zygote: Zygote, function: str, work: Path, *, ranks: int) -> None:
+    log = work / f"{function}.log"
+    codes = zygote.call(f"tests.cpu.test_convert:{function}", str(work), log=log, ranks=ranks).wait(540)
+    assert codes == [0] * ranks, log.read_text()[-4000:]
 
 
 # ---- what the launches do
 
 
-def _single(work: Path) -> dict[str, Any]:
+def write_findings(folder: str) -> None:
+    """Convert there and back, rightly and wrongly; what came of it is in single.json."""
     from megatron_octo.convert import verify as verify_module
     from megatron_octo.convert.to_hf import to_hf
 
+    work = Path(folder)
     verified, families = {}, _families(work)
     for dtype in ("fp32", "bf16"):
         to_hf(work / "import", work / dtype, work / "words", dtype=dtype)
@@ -254,7 +233,7 @@ def _single(work: Path) -> dict[str, Any]:
         "mistakes": mistakes,
         "changed": _changed(work),
     }
-    return found | ({"stories": _stories(work)} if STORIES.is_dir() else {})
+    rundir.write_json(work / "single.json", found)
 
 
 def _families(work: Path) -> dict[str, Any]:
@@ -278,7 +257,7 @@ def _families(work: Path) -> dict[str, Any]:
             num_attention_heads=4,
             num_key_value_heads=2,
             intermediate_size=96,
-            vocab_size=64,
+            vocab_size=MODEL.vocab_size,
             max_position_embeddings=1024,
             tie_word_embeddings=name.endswith("-tied"),
             initializer_range=0.15,
@@ -367,6 +346,8 @@ def _mistakes() -> dict[str, Callable[[], contextlib.AbstractContextManager[None
         "rotary factor": lambda: _patched(mapping, _write=write_eight),
         "rotary factor both ways": lambda: _patched(mapping, _write=write_eight, _read=read_own),
         "norms exchanged": exchange_norms,
+        "norm reversed": lambda: reordered("fc1.layer_norm_weight", lambda parts: [parts[0].flip(0)]),
+        "output projection untransposed": lambda: reordered("linear_proj.weight", lambda parts: [parts[0].T]),
     }
 
 
@@ -382,75 +363,28 @@ def _patched(owner: Any, **values: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _stories(work: Path) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from megatron_octo.convert.from_hf import from_hf
-    from megatron_octo.convert.to_hf import to_hf
-
-    from_hf(STORIES, work / "stories-import")
-    folder = to_hf(work / "stories-import", work / "stories", STORIES, dtype="fp32")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    start = torch.tensor([[tokenizer.bos_token_id]])
-    tokens = model.generate(start, do_sample=False, max_new_tokens=NEW_TOKENS)[0]
-    return {
-        "text": tokenizer.decode(tokens, skip_special_tokens=True),
-        "num_tokens": len(tokens),
-        "verified": rundir.read_json(folder / "verify.json"),
-    }
-
-
-def _layouts(work: Path) -> dict[str, Any]:
-    """Load the import at each layout and save it again, as a training run does."""
+def write_layouts(folder: str) -> None:
+    """Load the import at each layout and save it again, as a training run does, and as Megatron-LM does."""
     import torch.distributed as dist
 
-    from megatron_octo.model.build import build_model
-    from megatron_octo.model.weights import load_weights, sharded_weights
+    from megatron_octo.model.weights import sharded_weights
     from megatron_octo.platform import resolve
     from megatron_octo.platform.process_group import model_parallel
 
-    platform = resolve()
-    platform.activate()
+    work, platform = Path(folder), resolve()
     dist.init_process_group(platform.backend)
     from megatron.core import dist_checkpointing
-    from megatron.core import parallel_state as groups
 
     for name, parallel in LAYOUTS.items():
         with model_parallel(platform, parallel, seed=7):
-            stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
-            chunks = [
-                build_model(
-                    MODEL,
-                    platform=platform,
-                    parallel=parallel,
-                    precision=PrecisionConfig(dtype="fp32"),
-                    pre_process=groups.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-                    post_process=groups.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-                    vp_stage=stage,
-                )
-                for stage in stages
-            ]
-            load_weights(chunks, work / "import")
-            folder = work / "layouts" / name
-            folder.mkdir(parents=True, exist_ok=True)
-            dist_checkpointing.save(sharded_weights(chunks), str(folder))
-            plain = work / "plain" / name / "iter_0000003"
-            plain.mkdir(parents=True, exist_ok=True)
-            settings = {"args": argparse.Namespace(hidden_size=64), "iteration": 3, "checkpoint_version": 3.0}
-            dist_checkpointing.save(settings | sharded_weights(chunks), str(plain))
+            chunks = megatron_models.loaded(MODEL, work / "import", platform=platform, parallel=parallel)
+            save = work / "layouts" / name
+            save.mkdir(parents=True, exist_ok=True)
+            dist_checkpointing.save(sharded_weights(chunks), str(save))
+            megatron_models.save_plain(chunks, work / "plain" / name)
             if dist.get_rank() == 0:
-                rundir.write_json(folder / "model.json", to_dict(MODEL))
-                lineage.write(folder, lineage.Lineage(name=name, kind="train", weights_sha256=name, step=1))
-                rundir.mark_done(folder)
-                (plain.parent / "latest_checkpointed_iteration.txt").write_text("3")
+                rundir.write_json(save / "model.json", to_dict(MODEL))
+                lineage.write(save, lineage.Lineage(name=name, kind="train", weights_sha256=name, step=1))
+                rundir.mark_done(save)
             dist.barrier()
     dist.destroy_process_group()
-    return {}
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    result = {"single": _single, "layouts": _layouts}[sys.argv[1]](folder)
-    if os.environ.get("RANK", "0") == "0":
-        rundir.write_json(folder / f"{sys.argv[1]}.json", result)

@@ -1,4 +1,7 @@
-"""Saves: whatever kills, fails or changes a byte, a run goes on from a good one, to the very same losses."""
+"""Saves: whatever kills, fails or changes a byte, a run goes on from a good one, to the very same losses.
+
+In the slow tier at least 700 faults are injected: 20 kills, 3 x 60 failures of the disk, 500 damages to files.
+"""
 
 from __future__ import annotations
 
@@ -183,8 +186,8 @@ def chosen(operations: list[str], every_write: int, every_other: int) -> list[in
 
 
 @pytest.mark.parametrize(
-    ("every_write", "every_other"),
-    [(70, 8), pytest.param(8, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    ("every_write", "every_other", "at_least"),
+    [(70, 8, 6), pytest.param(8, 1, 60, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
 )
 @pytest.mark.parametrize("mode", ["kill", "error", "full"])
 def test_wherever_a_save_breaks_a_good_one_is_selected(
@@ -192,6 +195,7 @@ def test_wherever_a_save_breaks_a_good_one_is_selected(
     mode: str,
     every_write: int,
     every_other: int,
+    at_least: int,
     data: Path,
     template: Path,
     runs: Path,
@@ -231,6 +235,7 @@ def test_wherever_a_save_breaks_a_good_one_is_selected(
             assert not list((run / "checkpoints").glob(".*.tmp"))
         selected.append(step)
     assert OLD in selected
+    assert len(selected) >= at_least
     assert octo(zygote, config, tmp_path).wait() == [0]
     assert rows(run) == rows(template)
 
@@ -268,9 +273,11 @@ def damages(path: Path, count: int, draw: random.Random) -> Iterator[tuple[str, 
         yield f"one bit flipped at {offset}", content[:offset] + flipped + content[offset + 1 :]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize(
+    ("count", "at_least"), [(2, 90), pytest.param(40, 500, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
 def test_a_save_with_a_changed_byte_is_never_selected(
-    count: int, run: Path, alone: None, caplog: pytest.LogCaptureFixture
+    count: int, at_least: int, run: Path, alone: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = (rundir.step_folder(run, step) for step in (OLD, NEW))
     aside, draw, faults = new.with_name(f"damaged_{new.name}"), random.Random(count), 0
@@ -290,7 +297,7 @@ def test_a_save_with_a_changed_byte_is_never_selected(
             path.write_bytes(whole)
             faults += 1
     assert newest_good(run) == new
-    assert faults >= 10 * (3 + count)
+    assert faults >= at_least
 
 
 def test_without_a_good_save_a_run_is_refused_and_left_as_it_is(

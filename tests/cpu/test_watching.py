@@ -102,6 +102,12 @@ def _skipped(rows: list[dict[str, Any]]) -> list[int]:
 # ---- steps that look wrong
 
 
+def test_who_asks_to_stop_is_heard_after_steps_that_were_rolled_back_and_left_out(run, rows):
+    assert not rundir.is_done(run("back-stopped"))
+    assert saved_steps(run("back-stopped"))[-1] == FAULTY + 1
+    assert _skipped(rows("back-stopped")) == [FAULTY - 2, FAULTY - 1, FAULTY]
+
+
 def test_a_fault_that_is_gone_when_computed_again_leaves_no_trace(curve, log):
     assert curve("passing") == curve("plain")
     assert f"step {FAULTY}: the gradient norm is nan, but not when computed again" in log

@@ -30,6 +30,7 @@ from megatron_octo.config.train import (
     WatchConfig,
 )
 from megatron_octo.errors import OctoError
+from megatron_octo.train.votes import STOP_FILE
 from tests.cpu.matrix import LAYOUTS, alone, interrupt, train
 from tests.prepared import BATCH, SEQ_LENGTH, VOCAB, hold_out, stage, write_documents, write_source
 
@@ -63,6 +64,8 @@ class Fault:
     """Gone when the step is computed again."""
     sleep_s: float = 0.0
     """Rank 1 is late by so much."""
+    stop: Path | None = None
+    """The run that is asked to stop in the step before."""
 
 
 def main(folder: Path) -> None:
@@ -129,6 +132,8 @@ def train_with_faults(folder: Path) -> None:
     with_fault(small(folder, "too-many", watch=replace(SKIP, most_skips_in_a_row=2)), Fault(loss=NAN))
     with_fault(small(folder, "back-one", watch=replace(BACK, leave_out_steps=1)), nan)
     with_fault(small(folder, "back-three", watch=BACK_THREE, save=OFTEN), nan)
+    stop = rundir.run_folder("back-stopped")
+    with_fault(small(folder, "back-stopped", watch=BACK_THREE, save=OFTEN), replace(nan, stop=stop))
     with_fault(small(folder, "back-three-dp2-overlap", watch=BACK_THREE, parallel=LAYOUTS["dp2-overlap"]), large)
     with_fault(small(folder, "back-nowhere", watch=BACK), Fault(step=4, gradients=NAN))
     with_fault(small(folder, "slow", watch=WatchConfig(straggler_every_steps=8)), Fault(sleep_s=0.5))
@@ -179,6 +184,8 @@ def faulty(compute: Callable[..., Any], fault: Fault) -> Callable[..., Any]:
         step = consumed // BATCH + 1
         strikes = fault.step in (None, step) and not (fault.once and step in seen)
         seen.add(step)
+        if fault.stop and fault.step == step + 1 and os.environ["RANK"] == "0":
+            (fault.stop / STOP_FILE).touch()
         if strikes and os.environ["RANK"] == "1":
             time.sleep(fault.sleep_s)
         loss, votes = compute(wrapped, loader, consumed, *rest, **options)

@@ -35,6 +35,8 @@ NEEDED = (
     "torch._dynamo.variables",  # by the first custom operator
     "torch._inductor.test_operators",
     "torch.utils.tensorboard",
+    "transformers.models.auto.tokenization_auto",  # by a conversion
+    "transformers.models.llama.modeling_llama",
 )
 """What a stage imports in its first steps."""
 
@@ -53,7 +55,7 @@ class Zygote:
         )
 
     def octo(self, *argv: object, log: Path, ranks: int = 1, before: Sequence[object] = ()) -> Ranks:
-        """Start `octo ARGV` on so many ranks, of one group. Their output is added to `log`.
+        """Start `octo ARGV` (nothing if empty) on so many ranks, of one group. Their output is added to `log`.
 
         `before` is a function to call first on each rank, `module:name`, and its arguments.
         """
@@ -63,15 +65,19 @@ class Zygote:
             "ranks": ranks,
             "log": str(log),
             "before": list(before),
-            "runs": os.environ["OCTO_RUNS"],
+            "runs": os.environ.get("OCTO_RUNS", "runs"),
         }
         return Ranks(zygote=self, pids=self.ask(asked), log=log)
+
+    def call(self, function: str, *args: object, log: Path, ranks: int = 1) -> Ranks:
+        """Start `function`, `module:name`, with these arguments on so many ranks, of one group."""
+        return self.octo(log=log, ranks=ranks, before=(function, *args))
 
     def ask(self, request: dict[str, Any]) -> Any:
         """Send a request and return its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.write(json.dumps(request, default=str) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
@@ -174,7 +180,7 @@ def become_rank(
         if before:
             module, _, name = before[0].partition(":")
             getattr(importlib.import_module(module), name)(*before[1:])
-        code = main(argv)
+        code = main(argv) if argv else 0
     except BaseException:
         traceback.print_exc()
     finally:

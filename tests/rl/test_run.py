@@ -14,10 +14,10 @@ import pytest
 
 from megatron_octo import lineage, rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.config.rl import RLConfig
-from megatron_octo.errors import BadInput, OctoError, VerificationError
+from megatron_octo.config.rl import LongerResponses, RLConfig
+from megatron_octo.errors import BadInput, OctoError, SettingsError, VerificationError
 from megatron_octo.lineage import Lineage
-from megatron_octo.rl import run
+from megatron_octo.rl import collect, run
 from megatron_octo.rl.cluster import RunFailed, meaningful
 from megatron_octo.rl.run import check_model, run_all, run_rl
 from tests.conftest import snapshot
@@ -37,7 +37,7 @@ class FakeEngine:
     def __init__(self, lines: Sequence[str], failure: str = "") -> None:
         self.lines, self.failure, self.runs = lines, failure, 0
 
-    def run(self, arguments: Sequence[str], on_line: Callable[[str], None]) -> None:
+    def run(self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool]) -> bool:
         self.runs += 1
         flags = dict(itertools.pairwise(arguments))
         for line in self.lines:
@@ -48,6 +48,7 @@ class FakeEngine:
         final.mkdir(parents=True)
         (final / "model.safetensors").write_bytes(b"better")
         (final / "config.json").write_text("{}")
+        return True
 
 
 Use = Callable[[FakeEngine], FakeEngine]
@@ -68,6 +69,79 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
         return engine
 
     return install
+
+
+class StagedEngine(FakeEngine):
+    """Goes on from the last checkpoint, saves each step, and is stopped where it is asked to."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.stages: list[tuple[int, str]] = []
+
+    def run(self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool]) -> bool:
+        flags = dict(itertools.pairwise(arguments))
+        actor = Path(flags["--ckpt.path"]) / "_actor"
+        done = int((actor / "latest").read_text().removeprefix("global_step")) if (actor / "latest").exists() else 0
+        self.stages.append((done, flags["--rollout.max_new_tokens"]))
+        for number in range(done + 1, 4):
+            on_line(step(number))
+            (actor / f"global_step{number}").mkdir(parents=True)
+            (actor / "latest").write_text(f"global_step{number}")
+            if until():
+                return False
+        return super().run(arguments, on_line, until)
+
+
+SCHEDULE = (
+    LongerResponses(after_step=1, max_response_tokens=20),
+    LongerResponses(after_step=2, max_response_tokens=24),
+)
+
+
+def test_a_length_schedule_is_a_chain_of_runs_that_go_on_from_each_other(
+    replaced: Replaced, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, opened = StagedEngine(), []
+    use(engine)
+    clusters = run.cluster
+    monkeypatch.setattr(run, "cluster", lambda **options: opened.append(1) or clusters(**options))
+    config = replaced(num_steps=3, longer_responses=SCHEDULE)
+    run_rl(config)
+    assert engine.stages == [(0, "16"), (1, "20"), (2, "24")]
+    assert len(opened) == 3, "what ran beyond a border must be gone before the next stage"
+    assert [row["step"] for row in collect.read_metrics(config.output / "metrics.jsonl")] == [1, 2, 3]
+    assert rundir.is_done(config.output)
+
+
+def test_a_run_killed_in_its_second_stage_goes_on_in_it(replaced: Replaced, use: Use) -> None:
+    engine, config = StagedEngine(), replaced(num_steps=3, longer_responses=SCHEDULE[:1])
+    actor = config.output / "openrlhf" / "_actor"
+    (actor / "global_step2").mkdir(parents=True)
+    (actor / "latest").write_text("global_step2")
+    use(engine)
+    with pytest.raises(
+        VerificationError, match="reported 1 steps instead of 3"
+    ):  # the metrics went with the killed run
+        run_rl(config)
+    assert engine.stages == [(2, "20")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ([(0, 8)], "after_step 0 is not between 0 and num_steps 6"),
+        ([(6, 8)], "after_step 6 is not"),
+        ([(4, 8), (2, 8)], "after_step 2 is not between 4"),
+        ([(3, 8)], "no multiple of save_every_steps 2"),
+        ([(2, 0)], r"longer_responses\.max_response_tokens"),
+    ],
+)
+def test_a_schedule_that_means_nothing_is_refused(
+    schedule: list[tuple[int, int]], said: str, replaced: Replaced
+) -> None:
+    with pytest.raises(SettingsError, match=said):
+        longer = tuple(LongerResponses(after_step=at, max_response_tokens=tokens) for at, tokens in schedule)
+        replaced(num_steps=6, save_every_steps=2, longer_responses=longer)
 
 
 def test_a_run_leaves_the_model_its_descent_and_its_metrics(config: RLConfig, use: Use) -> None:

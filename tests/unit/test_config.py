@@ -175,6 +175,23 @@ def test_a_gpu_without_a_layout_is_refused_with_those_that_have_one(spec, told):
     assert told in refused.value.fix
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("beta1", -0.1),
+        ("beta2", 1.0),
+        ("beta2", 1.5),
+        ("eps", 0.0),
+        ("weight_decay", -1.0),
+        ("clip_norm", -1.0),
+        ("clip_norm", float("nan")),
+    ],
+)
+def test_numbers_that_adamw_cannot_use_are_refused(stable, name, wrong):
+    with pytest.raises(SettingsError, match=rf"optimizer\.{name} {wrong:g} is"):
+        replace(stable.optimizer, **{name: wrong})
+
+
 def test_context_parallelism_does_not_cut_at_documents(stable):
     context = replace(stable, parallel=ParallelConfig(context=2))
     with pytest.raises(SettingsError, match=r"across_documents is off with parallel\.context 2"):

@@ -19,7 +19,7 @@ from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.random_base import random_base
 from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.errors import BadInput
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, word_tokenizer
 
 GUARD = """
 import builtins, sys
@@ -59,17 +59,10 @@ class Payload:
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """A folder with a tokenizer and a random model."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(
-        tmp_path / "words"
-    )
     model = ModelConfig(
         hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=24, vocab_size=32, tied_embeddings=False
     )
-    random_base(RandomBaseConfig(model=model, tokenizer=tmp_path / "words", output=tmp_path / "base"))
+    random_base(RandomBaseConfig(model=model, tokenizer=word_tokenizer(tmp_path / "words"), output=tmp_path / "base"))
     return tmp_path
 
 

@@ -24,7 +24,7 @@ from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
 from megatron_octo.convert.safetensors_file import Named
-from megatron_octo.convert.save import Save, find_save
+from megatron_octo.convert.save import MOST_PADDING, Save, find_save
 from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model import mapping
@@ -480,6 +480,40 @@ def test_a_weight_file_that_is_missing_or_cut_off_is_refused(base: Path, tmp_pat
     assert not list(tmp_path.glob("*import*"))
 
 
+@pytest.mark.parametrize(("damage", "told"), [("missing", "has no file"), ("truncated", "holds no numbers for")])
+def test_a_save_with_a_file_missing_or_cut_off_is_refused(
+    made: Path, words: Path, tmp_path: Path, damage: str, told: str
+) -> None:
+    save = Path(shutil.copytree(made / "import", tmp_path / "import"))
+    (victim,) = save.glob("*.distcp")
+    whole = victim.read_bytes()
+    victim.unlink()
+    if damage == "truncated":
+        victim.write_bytes(whole[: len(whole) // 2])
+    before = snapshot(tmp_path)
+    with pytest.raises(BadInput, match=told):
+        to_hf(save, tmp_path / "out", words, verify=False)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_tokenizer_that_needs_code_of_its_own_is_refused_and_the_code_not_run(
+    made: Path, words: Path, tmp_path: Path
+) -> None:
+    tokenizer = Path(shutil.copytree(words, tmp_path / "words"))
+    settings = rundir.read_json(tokenizer / "tokenizer_config.json")
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    rundir.write_json(tokenizer / "tokenizer_config.json", {**settings, **own})
+    (tokenizer / "own.py").write_text(
+        f"from pathlib import Path\n"
+        f"from transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+        f"class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        to_hf(made / "import", tmp_path / "out", tokenizer, verify=False)
+    assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("*out*"))
+
+
 def test_a_run_folder_stands_for_its_last_whole_save(made: Path, tmp_path: Path) -> None:
     for step in (1, 2, 10):
         shutil.copytree(made / "import", rundir.step_folder(tmp_path, step))
@@ -525,6 +559,9 @@ def test_a_plain_checkpoint_needs_settings_that_fit(made: Path, tmp_path: Path) 
     small = plain(tmp_path / "run/iter_0000007", 16)
     with pytest.raises(BadInput, match=r"word_embeddings.weight is \(16, 16\), the model of .*base has \(32, 16\)"):
         Save(small, made / "base")
+    large = plain(tmp_path / "other/iter_0000007", 32 + MOST_PADDING)
+    with pytest.raises(BadInput, match=r"word_embeddings.weight is \(8224, 16\), the model of .*base has \(32, 16\)"):
+        Save(large, made / "base")
     with pytest.raises(BadInput, match="settings are a pickle") as caught:
         Save(small)
     assert "--config FOLDER" in caught.value.fix

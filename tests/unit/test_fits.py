@@ -36,18 +36,26 @@ def fp8(recipe: str, **options: Any) -> PrecisionConfig:
 
 
 REFUSED = {
-    "fsdp-pipeline": ({"parallel": ParallelConfig(fsdp=True, pipeline=2)}, r"fsdp with parallel\.pipeline 2"),
-    "fsdp-optimizer": (
-        {"parallel": ParallelConfig(fsdp=True, distributed_optimizer=False)},
-        r"fsdp without parallel\.distributed_optimizer",
+    "fsdp-optimizer": ({"parallel": ParallelConfig(fsdp=True)}, r"fsdp with parallel\.distributed_optimizer"),
+    "fsdp-overlap": (
+        {"parallel": ParallelConfig(fsdp=True, distributed_optimizer=False, overlap_grad_reduce=True)},
+        r"fsdp with parallel\.overlap_grad_reduce",
     ),
+    "fsdp-pipeline": (
+        {"parallel": ParallelConfig(fsdp=True, distributed_optimizer=False, pipeline=2)},
+        r"fsdp with parallel\.pipeline 2",
+    ),
+    "graphs-fsdp": (
+        {
+            "compute": ComputeConfig(cuda_graphs=True),
+            "parallel": ParallelConfig(fsdp=True, distributed_optimizer=False),
+        },
+        r"cuda_graphs with parallel\.fsdp",
+    ),
+    "context-length": ({"parallel": ParallelConfig(context=3)}, r"parallel\.context 3: each rank takes two of 6"),
     "graphs-recompute": (
         {"compute": ComputeConfig(cuda_graphs=True, recompute="selective")},
         r"cuda_graphs with compute\.recompute selective",
-    ),
-    "graphs-fsdp": (
-        {"compute": ComputeConfig(cuda_graphs=True), "parallel": ParallelConfig(fsdp=True)},
-        r"cuda_graphs with parallel\.fsdp",
     ),
     "graphs-emulation": (
         {"compute": ComputeConfig(cuda_graphs=True), "precision": fp8("mxfp8", fp8_emulation=True)},
@@ -119,7 +127,6 @@ def test_a_side_that_fp8_blocks_do_not_divide_is_refused(recipe, multiple, confi
     ("changes", "message"),
     [
         ({"parallel": ParallelConfig(context=2)}, r"context 2 needs Transformer Engine"),
-        ({"parallel": ParallelConfig(fsdp=True)}, r"fsdp needs GPUs"),
         ({"compute": ComputeConfig(cuda_graphs=True)}, r"cuda_graphs needs a GPU"),
         ({"precision": fp8("tensorwise")}, r"tensorwise needs a GPU \(Ada, Hopper or later\)"),
     ],

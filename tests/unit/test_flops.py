@@ -27,6 +27,10 @@ def test_a_llamas_token_costs_what_published_utilisation_is_counted_with(file, f
 
 def test_the_peak_of_a_gpu_is_known_by_its_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H100 NVL") == 835e12
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H200 NVL") == 835e12
     assert peak_flops("NVIDIA B200") == 2250e12
     assert peak_flops("NVIDIA GB200") == 2500e12
     assert peak_flops("some other device") is None

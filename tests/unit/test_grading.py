@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from megatron_octo import symbolic
 from megatron_octo.grading import answers_equal, extract_answer, grade, is_correct
+from tests.unit.grading_cases import CASES
 
 
 @pytest.mark.parametrize(
@@ -40,76 +44,14 @@ def test_the_last_complete_box_is_the_answer(text: str, answer: str | None) -> N
     assert extract_answer(text) == answer
 
 
-EQUAL = [
-    ("24", "24"),
-    ("024", "24"),
-    ("24.", "24"),
-    ("24.0", "24"),
-    ("+24", "24"),
-    ("-3", "\u22123"),
-    ("$24$", "24"),
-    ("\\$24", "24"),
-    ("24\\%", "24"),
-    ("1,234", "1234"),
-    ("12{,}345,678", "12345678"),
-    ("1\\,234", "1234"),
-    ("1,234.50", "1234.5"),
-    ("\\frac{1}{2}", "0.5"),
-    ("\\dfrac{1}{2}", "1/2"),
-    ("\\frac12", "\\tfrac{2}{4}"),
-    ("-\\frac{1}{2}", "\\frac{-1}{2}"),
-    (".5", "1/2"),
-    ("5\\text{ cm}", "5"),
-    ("5 cm", "5"),
-    ("5 cm^2", "5"),
-    ("12 square feet", "12"),
-    ("90^\\circ", "90"),
-    ("90^{\\circ}", "90"),
-    ("x = 5", "5"),
-    ("x=5", "x = 5"),
-    ("\\text{Yes}", "yes"),
-    ("(B)", "\\text{B}"),
-    ("\\left(1, 2\\right)", "(1,2)"),
-    ("\\boxed{7}", "7"),
-    ("\\sqrt2", "\\sqrt{2}"),
-    ("2\\sqrt{2}", "\\sqrt{8}"),
-    ("x+1", "1+x"),
-    ("(x+1)^2", "x^2+2x+1"),
-    ("\\frac{\\pi}{2}", "\\pi/2"),
-    ("\\{1,2,3\\}", "\\{3,2,1\\}"),
-    ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}"),
-]
+@pytest.mark.parametrize("kind", CASES)
+def test_hard_cases(kind: str) -> None:
+    wrong = [case for case in CASES[kind] if answers_equal(*case[:2]) is not case[2]]
+    assert wrong == []
 
 
-@pytest.mark.parametrize(("answer", "reference"), EQUAL)
-def test_answers_that_mean_the_same_are_equal(answer: str, reference: str) -> None:
-    assert answers_equal(answer, reference)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference"),
-    [
-        ("24", "25"),
-        ("24", "42"),
-        ("-24", "24"),
-        ("0.33", "1/3"),
-        ("1/0", "0"),
-        ("1,23", "123"),
-        ("12,34", "1234"),
-        ("5x", "5"),
-        ("x", "5"),
-        ("5 \\pi", "5"),
-        ("x+1", "x-1"),
-        ("(1,2)", "(2,1)"),
-        ("\\sqrt{2}", "1.41"),
-        ("A", "B"),
-        ("", "24"),
-        ("24", ""),
-        ("cm", "5"),
-    ],
-)
-def test_answers_that_differ_are_not_equal(answer: str, reference: str) -> None:
-    assert not answers_equal(answer, reference)
+def test_there_are_many_hard_cases() -> None:
+    assert sum(map(len, CASES.values())) >= 200
 
 
 @pytest.mark.parametrize(
@@ -130,12 +72,16 @@ def test_answers_that_differ_are_not_equal(answer: str, reference: str) -> None:
         "\\boxed{\\input{/etc/passwd}}",
         "\\boxed{1e400}",
         "\\boxed{{{}}}",
+        "\\boxed{" + ",;" * 900 + "x}",
+        "\\boxed{" + "\\frac{" * 300 + "1" + "}" * 300 + "}",
+        "\\boxed{" + "\\sqrt{" * 60 + "1" + "}" * 60 + "}",
+        "\\boxed{\\binom{99999999}{4999999}}",
+        "\\boxed{\\sum_{k=1}^{999999} k^{99}}",
     ],
 )
-def test_hostile_text_is_wrong_and_soon(text: str) -> None:
-    began = time.process_time()
+def test_hostile_text_is_wrong_and_does_not_hang(text: str) -> None:
     assert not is_correct(text, "5")
-    assert time.process_time() - began < 5
+    assert is_correct("\\boxed{x+1}", "1+x"), "the next comparison is as good as ever"
 
 
 def test_a_response_without_a_box_is_wrong_even_if_it_says_the_answer() -> None:
@@ -151,9 +97,35 @@ def test_a_grade_says_when_the_comparison_broke(monkeypatch: pytest.MonkeyPatch)
     def broken(answer: str, reference: str) -> bool:
         raise RuntimeError("symbolic engine")
 
-    monkeypatch.setattr("megatron_octo.grading._symbolically_equal", broken)
+    monkeypatch.setattr("megatron_octo.symbolic.equal", broken)
     result = grade("\\boxed{x+1}", "1+x")
     assert (result.answer, result.correct, result.failed) == ("x+1", False, True)
+
+
+def test_a_comparison_that_would_take_for_ever_is_ended_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = symbolic.Engine(cpu_seconds=0.5)
+    monkeypatch.setattr("megatron_octo.symbolic.equal", engine.equal)
+    monkeypatch.setattr("megatron_octo.grading._RUNAWAY", re.compile("(?!)"))
+    assert grade("\\boxed{9^{9^{9^{9}}}}", "5").failed
+    assert grade("\\boxed{x+1}", "1+x").correct
+    with pytest.raises(symbolic.Undecided, match=f"code -{signal.SIGPROF}"):
+        engine.equal("9^{9^{9^{9}}}", "5")
+
+
+def test_a_process_that_was_killed_is_replaced() -> None:
+    engine = symbolic.Engine()
+    assert engine.equal("x+1", "1+x")
+    assert engine._process is not None
+    engine._process.kill()
+    engine._process.wait()
+    assert engine.equal("x+1", "1+x")
+
+
+def test_many_threads_share_one_process() -> None:
+    engine = symbolic.Engine()
+    with ThreadPoolExecutor(8) as pool:
+        verdicts = list(pool.map(lambda n: engine.equal(f"x+{n}", f"{n % 3}+x"), range(24)))
+    assert verdicts == [n == n % 3 for n in range(24)]
 
 
 def test_grading_works_outside_of_the_main_thread() -> None:

@@ -23,8 +23,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import httpx
 import pytest
 
+from megatron_octo import lineage, rundir
+from megatron_octo.cli import app
 from megatron_octo.config.data import CorpusFacts, HubSource, PrepareConfig
+from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.pipeline import RandomBaseConfig
 from megatron_octo.convert.hub_model import folder_of
+from megatron_octo.convert.random_base import random_base
+from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.data import hub as hub_module
 from megatron_octo.data.hub import HubFile, check_access, downloads_folder, fetch, release
 from megatron_octo.data.hub_listing import plan_downloads
@@ -32,12 +38,15 @@ from megatron_octo.data.inputs import find_inputs
 from megatron_octo.data.prepare import prepare
 from megatron_octo.data.read import read_records
 from megatron_octo.errors import BadInput, OctoError
-from tests.conftest import REPOSITORY, snapshot
+from tests.conftest import REPOSITORY, snapshot, word_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONVERTED = COMMIT[::-1]
 GOOD, BAD = "hf_thetokenthathasaccess", "hf_thetokenthathasnone"
 LARGE = bytes(range(256)) * 4096  # 1 MiB
+TINY = ModelConfig(
+    hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=24, vocab_size=32, tied_embeddings=True
+)
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -312,6 +321,42 @@ def test_a_model_whose_hub_cannot_be_reached_is_told(models, monkeypatch):
 
 def _no_answer(*args: object, **options: object) -> None:
     raise httpx.ConnectError("no route")
+
+
+@pytest.fixture
+def from_hf(models, monkeypatch, capfd, tmp_path):
+    """Run `octo convert from-hf NAME tmp_path/import ARGS`; returns exit code, stdout and stderr."""
+    base = RandomBaseConfig(model=TINY, tokenizer=word_tokenizer(tmp_path / "words"), output=tmp_path / "base")
+    files = {path.name: path.read_bytes() for path in random_base(base).iterdir() if path.name != "lineage.json"}
+    for name, gated in (("owner/Llama-real", False), ("owner/gated-model", True)):
+        models.repositories[name] = Repository(files, gated=gated)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the command sets it; this undoes that
+    capfd.readouterr()
+
+    def run(name: str, *args: str) -> tuple[int, str, str]:
+        return app.main(["convert", "from-hf", name, str(tmp_path / "import"), *args]), *capfd.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_a_model_is_converted_by_its_name_on_the_hub(from_hf, tmp_path, revision):
+    code, out, err = from_hf("owner/Llama-real", *(["--revision", revision] if revision else []))
+    assert (code, out) == (0, f"{tmp_path / 'import'}\n"), err
+    assert [link.name for link in lineage.read(tmp_path / "import").chain()] == ["Llama-real"] * 2
+    export = to_hf(tmp_path / "import", tmp_path / "export", tmp_path / "words", dtype="fp32", verify=False)
+    assert (export / "model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
+
+
+def test_a_gated_model_is_converted_with_a_token_and_told_in_one_message_without(from_hf, monkeypatch, tmp_path):
+    code, out, err = from_hf("owner/gated-model")
+    assert (code, out) == (2, "") and err.count("fix: ") == 1 and "Traceback" not in err
+    assert "https://huggingface.co/owner/gated-model and accept the terms" in err and "HF_TOKEN" in err
+    assert not list(tmp_path.glob("*import*"))
+    monkeypatch.setenv("HF_TOKEN", GOOD)
+    code, _, err = from_hf("owner/gated-model")
+    assert (code, rundir.is_done(tmp_path / "import")) == (0, True), err
+    assert GOOD not in err
 
 
 def test_a_folder_stands_for_itself_and_has_no_revision(tmp_path):

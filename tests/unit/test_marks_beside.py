@@ -137,3 +137,14 @@ def test_a_childs_environment_can_leave_out_what_is_ours(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert "RANK" not in child_environment({"A": "1"}, ("RANK",))
     assert child_environment({"A": "1"}, ("RANK",))["A"] == "1"
+
+
+def test_a_run_that_was_asked_to_stop_does_not_wait_and_a_resume_starts_its_mark_again(config, run, called, tmp_path):
+    with marks(run, config) as ours:
+        ours.start()
+        ours.leave()  # CHILD would wait for ever
+    assert called() == []
+    (tmp_path / "go").touch()
+    with marks(run, config) as ours:
+        ours.start()
+    assert len(called()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 from megatron_octo.budget.watch import Finding, WatchState
+from megatron_octo.errors import OctoError
 from megatron_octo.model.flops import train_flops_per_token
 from megatron_octo.train import metrics as module
 from megatron_octo.train.metrics import Metrics
-from megatron_octo.train.step import StepResult
+from megatron_octo.train.step import LEFT_OUT, StepResult
 from tests.prepared import BATCH, MODEL, SEQ_LENGTH, stage
 
 PEAK = 1e9
@@ -56,6 +58,12 @@ def test_the_line_for_people(opened, caplog):
     ]
 
 
+def test_the_line_of_a_step_that_is_left_out_says_so(opened, caplog):
+    left_out = replace(RESULT, loss=math.nan, grad_norm=math.nan, seconds=0.0, finding=LEFT_OUT)
+    opened().record(5, left_out, 2e-5, {}, {})
+    assert caplog.messages[-1] == "step 5/1,000  0.5%  left out  61.3 GiB"
+
+
 def test_the_start_says_how_mfu_is_computed(opened, caplog):
     opened()
     assert "mfu = tokens/s/gpu x FLOP a token / 1e+09 FLOP/s, the GPU's dense bf16 peak" in caplog.text
@@ -77,6 +85,7 @@ def test_a_row_of_metrics(opened, tmp_path):
         "optim/weight_decay": 0.1,
         "optim/grad_norm": 0.874,
         "valid/web/loss": 2.5,
+        "memory/peak_gib": 61.3,
         "throughput/tokens_per_second": 512.0,
     }
 
@@ -108,6 +117,19 @@ def test_a_roll_back_drops_what_came_after_and_goes_on(opened, tmp_path):
     metrics.record(2, replace(RESULT, loss=9.0), 2e-5, {}, {"optim/weight_decay": 0.1})
     metrics.finish()
     assert [(row["step"], row["train/loss"]) for row in _rows(tmp_path)] == [(1, 1.23456), (2, 9.0)]
+
+
+@pytest.mark.parametrize("how", ["a log line", "a save", "a full buffer"])
+def test_a_full_disk_is_told_with_the_path_and_the_fix(opened, tmp_path, monkeypatch, how):
+    metrics = opened()
+    full = Path("/dev/full").open("a", 1 if how == "a full buffer" else -1)  # noqa: SIM115
+    monkeypatch.setattr(metrics, "_file", full)
+    with pytest.raises(OctoError, match=rf"{tmp_path}/metrics.jsonl was not written: .*No space left(?s:.*)fix: "):
+        metrics.record(5 if how == "a log line" else 1, RESULT, 2e-5, {}, {})
+        if how == "a save":
+            metrics.flush()
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 def test_wandb_that_fails_to_start_is_a_warning_without_its_words(opened, tmp_path, monkeypatch, caplog):

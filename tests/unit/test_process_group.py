@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from megatron_octo.errors import BadInput
@@ -50,3 +53,21 @@ def test_srun_without_an_address_to_meet_at(monkeypatch):
     _set(monkeypatch, SLURM_PROCID=1, SLURM_STEP_NUM_TASKS=2)
     with pytest.raises(BadInput, match="MASTER_ADDR"):
         world()
+
+
+COUNT_POLLS = """
+import os
+from megatron_octo.config.train import ParallelConfig
+from megatron_octo.platform import resolve
+from megatron_octo.platform.process_group import model_parallel
+
+for _ in range(2):
+    with model_parallel(resolve(), ParallelConfig()):
+        links = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        print("polls", sum("eventpoll" in link for link in links))
+"""
+
+
+def test_all_groups_on_a_cpu_are_polled_by_one_thread():
+    done = subprocess.run([sys.executable, "-c", COUNT_POLLS], capture_output=True, text=True, check=False)
+    assert done.stdout.count("polls 1\n") == 2, done.stdout + done.stderr

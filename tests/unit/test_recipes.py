@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_octo.budget.saves import is_due, superseded
 from megatron_octo.config.data import PrepareConfig
 from megatron_octo.config.load import load_recipe, read_recipes
 from megatron_octo.config.train import FromImport, FromRun, MidTrainConfig
@@ -56,6 +57,16 @@ MIXTURES = {  # the paper's Tables 2 and 5
         "numina-math-1-5": 0.10,
         "open-r1-math": 0.10,
     },
+}
+CONTROLLED = {  # the paper's controlled experiments
+    "web_finemath": {"finemath-4plus": 1.0},
+    "web_pro": {"megamath-web-pro": 1.0},
+    "web_pro_max": {"megamath-web-pro-max": 1.0},
+    "web_pro_max_100b": {"megamath-web-pro-max": 1.0},
+    "short_cot": {"megamath-web-pro": 0.9, "megamath-qa": 0.1},
+    "long_cot": {"megamath-web-pro": 0.9, "open-r1-math": 0.1},
+    "short_cot_instructions": {"megamath-web-pro": 0.89, "megamath-qa": 0.1, "instructions": 0.01},
+    "long_cot_instructions": {"megamath-web-pro": 0.89, "open-r1-math": 0.1, "instructions": 0.01},
 }
 INSTRUCTIONS = ("tulu-3-instruction-following", "wildchat", "ultrachat")
 WORLD_SIZES = (8, 64, 256)
@@ -169,9 +180,29 @@ def test_what_a_pilot_gives_to_questions_it_takes_from_the_web(name, share):
     assert weights(load(f"ablations.py:{name}"))["megamath-web-pro"] == pytest.approx(0.85 - share)
 
 
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_a_controlled_run_reads_the_papers_mixture(name):
+    assert weights(load(f"ablations.py:{name}")) == CONTROLLED[name]
+
+
+def test_the_run_of_100b_tokens_keeps_the_saves_nearest_to_20b_70b_and_100b():
+    run = load("ablations.py:web_pro_max_100b")
+    tokens = run.batch_tokens
+    kept: list[int] = []
+    for step in range(1, run.num_steps + 1):
+        marked = run.marks.reached((step - 1) * tokens, step * tokens)
+        if marked or step == run.num_steps or is_due(run.save, step, batch_tokens=tokens):
+            kept.append(step)
+            gone = superseded(run.save, kept, batch_tokens=tokens)
+            kept = [each for each in kept if each not in gone]
+    wanted = [round(billions * 1e9 / tokens) for billions in (20, 70, 100)]
+    assert set(wanted) <= set(kept)
+    assert [step for step in kept if run.marks.reached((step - 1) * tokens, step * tokens)] == wanted
+
+
 def test_the_controlled_runs_start_from_the_base_with_the_papers_cosine():
     runs = [config for config in map(load, ABLATIONS) if isinstance(config.start, FromImport)]
-    assert len(runs) == 8
+    assert len(runs) == len(CONTROLLED)
     for run in runs:
         assert (run.learning_rate.kind, run.learning_rate.peak, run.learning_rate.floor) == ("cosine", 3e-5, 3e-6)
         nominal = 100e9 if run.name.endswith("100b") else 20e9

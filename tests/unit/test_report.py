@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_octo import rundir
+from megatron_octo import lineage, rundir
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.errors import BadInput
 from megatron_octo.evaluate.run import read_scores
@@ -187,6 +187,17 @@ def test_descent_is_one_tree_from_base_to_rl(report: Report) -> None:
         f"miniature-rl-{b}" for b in ("short", "long", "hybrid")
     ]
     assert "f1f1f1f1" in page(report)
+
+
+def test_an_export_is_found_though_its_name_begins_with_that_of_its_base(runs: Path) -> None:
+    config = finished_runs.pipeline()
+    finished_runs.write_runs(config, rl=False)
+    branch = config.branches[0]
+    (export,) = (runs / branch.name / "hf").iterdir()
+    lineage.write(export.with_name("step_00000001"), replace(lineage.read(export), step=1))
+    export.rename(export.with_name(f"Llama-3.2-{branch.name}-{export.name}"))
+    found = load(of_pipeline(config)).branches[0].train.descent
+    assert found is not None and (found.kind, found.step) == ("export", branch.num_steps)
 
 
 def test_what_has_not_run_is_named_and_does_not_fail(runs: Path) -> None:

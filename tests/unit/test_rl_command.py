@@ -47,7 +47,7 @@ def parsed(config: RLConfig, *, cuda: bool, num_episodes: int = 1) -> dict[str, 
             sys.executable,
             "-m",
             "megatron_octo.platform.openrlhf_parse",
-            *command(config, num_episodes=num_episodes, cuda=cuda),
+            *command(config, stage=config.stages[-1], num_episodes=num_episodes, cuda=cuda),
         ],
         env=environment(os.environ, cuda=True),
         capture_output=True,
@@ -114,13 +114,15 @@ def test_a_kl_penalty_brings_a_reference_model() -> None:
 def test_a_flag_that_openrlhf_does_not_know_is_refused() -> None:
     pytest.importorskip("openrlhf", reason="openrlhf is not installed")
     with pytest.raises(BadInput, match=r"OpenRLHF refuses .*--train\.steps"):
-        check_command([*command(CONFIG, num_episodes=1, cuda=False), "--train.steps", "3"])
+        check_command([*command(CONFIG, stage=CONFIG.stages[-1], num_episodes=1, cuda=False), "--train.steps", "3"])
 
 
 def test_openrlhf_s_own_assertions_are_heard() -> None:
     pytest.importorskip("openrlhf", reason="openrlhf is not installed")
     with pytest.raises(BadInput, match="n_samples_per_prompt > 1"):
-        check_command(command(replace(CONFIG, samples_per_prompt=1), num_episodes=1, cuda=False))
+        check_command(
+            command(replace(CONFIG, samples_per_prompt=1), stage=CONFIG.stages[-1], num_episodes=1, cuda=False)
+        )
 
 
 def test_the_patches_are_on_the_path_without_a_gpu_only() -> None:

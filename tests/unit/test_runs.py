@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_octo import lineage, rundir
+from megatron_octo.cli.runs import main
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.errors import BadInput
 from megatron_octo.report.runs import find_run, forest, ledger, read_run, read_runs, saves
@@ -95,6 +96,33 @@ def test_the_tree_goes_from_the_base_over_stable_and_branches_to_rl(stable, pipe
         "miniature-decay-long  after 1,597,440 tokens  train  done  491,520 tokens": ["miniature-rl-long"],
         "miniature-decay-short  after 5 tokens  train  done  491,520 tokens": ["miniature-rl-short"],
     }
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("lineage.json", '{"name": '),
+        ("lineage.json", '{"name": "miniature-stable"}'),
+        ("lineage.json", "[]"),
+        ("config.json", "{"),
+        ("config.json", '"x"'),
+    ],
+)
+def test_a_broken_file_is_told_in_its_runs_line_and_hides_no_other_run(stable, capsys, file, content):
+    (stable / file).write_text(content)
+    runs = read_runs(rundir.runs_root())
+    assert len(runs) == 7
+    (broken,) = [run for run in runs if run.state == "broken"]
+    assert broken.name == "miniature-stable"
+    assert broken.describe().startswith("broken: ")
+    assert str(stable) in broken.describe()
+    (base,) = forest(runs)
+    assert base == "random-base (base ba5eba5eba5e)"  # the branches' own files say where the broken one stands
+    for command in ("list", "tree"):
+        main([command])
+        shown = capsys.readouterr().out
+        assert "broken: " in shown
+        assert all(run.name in shown for run in runs)
 
 
 def test_a_run_is_found_by_name_or_folder(pipeline):

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from megatron_octo import lineage, rundir
-from megatron_octo.budget.ledger import Block, LedgerRecord, Phase, SourceTokens, Stream
+from megatron_octo.budget.ledger import Block, LedgerRecord, Phase, Stream
 from megatron_octo.config.base import to_dict
+from megatron_octo.config.data import SourceConfig
 from megatron_octo.config.schedule import ConstantRate, CosineRate, LinearRate
 from megatron_octo.config.train import (
     FromImport,
@@ -27,10 +28,10 @@ from megatron_octo.config.train import (
 )
 from megatron_octo.errors import BadInput
 from megatron_octo.train.run import check, finished
-from megatron_octo.train.start import data_phases
+from megatron_octo.train.start import data_phases, shared_data
 from megatron_octo.train.state import TrainState, latest_save, saved_steps
 from tests.conftest import REPOSITORY, snapshot
-from tests.prepared import MODEL, stage, write_data, write_source
+from tests.prepared import MODEL, SEQ_LENGTH, stage, write_data, write_source
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def _save(run: str, step: int, config: MidTrainConfig, *, done: bool = True, **r
     ledger = LedgerRecord(
         planned_tokens=config.budget.train_tokens,
         consumed_tokens=step * config.batch_tokens,
-        sources=record.get("sources", ()),
+        sources=(),
         phases=(Phase(sources=config.data.sources),),
         streams=record.get("streams", ()),
     )
@@ -176,6 +177,36 @@ def test_a_branch_reads_on_after_its_parent_only_if_asked(config):
         check(shorter, 1)
 
 
+def _read(source: SourceConfig, tokens: int) -> tuple[Stream, ...]:
+    """Streams of a source's two shards that say that so many tokens of it were read."""
+    sequences = tokens // SEQ_LENGTH
+    return tuple(
+        Stream(prefix=(source.path / shard).resolve(), blocks=(), used=used)
+        for shard, used in (("00000", sequences // 2), ("00001", sequences - sequences // 2))
+    )
+
+
+def test_a_branch_that_reads_on_counts_what_its_parent_read(config):
+    a, b = config.data.sources
+    tokens = check(config, 1).mixture.tokens[1]
+    capped = replace(config, data=replace(config.data, sources=(a, replace(b, name="other", max_epochs=1.2))))
+    save = _save("stable", 5, config, streams=_read(b, tokens + SEQ_LENGTH))
+    before = (tokens + SEQ_LENGTH) // SEQ_LENGTH * SEQ_LENGTH
+    planned = round(0.3 * config.budget.train_tokens)
+    assert 0.2 < planned / tokens < 1.2
+    branch = replace(capped, start=FromRun(run="stable", step=5))
+    check(branch, 1)
+    reads_on = replace(branch, start=replace(branch.start, skip_consumed=True))
+    message = rf"source other .* {planned:,} \+ {before:,} read by the parent of {tokens:,} available"
+    with pytest.raises(BadInput, match=message):
+        check(reads_on, 1)
+    enough = replace(reads_on, data=replace(config.data, sources=(a, replace(b, max_epochs=3))))
+    mixture = check(enough, 1).mixture
+    assert shared_data(enough.start, mixture, save).endswith(
+        "b; this stage reads them on from there, and again once none of it is unread"
+    )
+
+
 def test_a_torn_save_is_never_selected(config):
     run = rundir.run_folder("run")
     _save("run", 5, config)
@@ -230,15 +261,15 @@ def test_other_weights_are_refused_unless_asked_for_before_the_end(config):
 def test_epochs_of_a_source_count_what_was_read_by_other_weights(config):
     rundir.write_json(rundir.run_folder("run") / "config.json", to_dict(config))
     tokens, size = check(config, 1).mixture.tokens[1], config.batch_tokens
-    line = SourceTokens(name="b", available=tokens, planned=0, consumed=2 * tokens, planned_epochs=0.0, epochs=2.0)
-    _save("run", 10, config, sources=(line,))
+    _save("run", 10, config, streams=_read(config.data.sources[1], 2 * tokens))
     lineage.write(rundir.run_folder("run"), lineage.Lineage(name="run", kind="train", weights_sha256="2"))
     other = _weighed(config, 0.5)
     a, b = other.data.sources
     capped = replace(other, data=replace(other.data, sources=(a, replace(b, max_epochs=2.1))))
-    epochs = 2 + 10 * size * 0.5 / tokens
+    before = 2 * tokens // SEQ_LENGTH * SEQ_LENGTH
+    epochs = (before + 5 * size) / tokens
     assert epochs > 2.1
-    message = rf"weight 0.5 x {10 * size:,} tokens = {5 * size:,} \+ {2 * tokens:,} read before .* {epochs:.2f} epochs"
+    message = rf"weight 0.5 x {10 * size:,} tokens = {5 * size:,} \+ {before:,} read before .* {epochs:.2f} epochs"
     with pytest.raises(BadInput, match=message):
         check(capped, 1, reweigh=True)
 

@@ -120,6 +120,20 @@ def test_records_are_checked_before_a_layer_gets_them(tmp_path):
         put_weights([Chunk()], loaded)
 
 
+def test_transformer_engine_may_unpickle_records_that_were_checked_and_no_others(monkeypatch):
+    allowed, seen = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", []
+    monkeypatch.delenv(allowed, raising=False)
+
+    class Chunk(torch.nn.Module):
+        def load_state_dict(self, state: Any, strict: bool) -> Any:
+            seen.append(os.environ.get(allowed))
+            return types.SimpleNamespace(unexpected_keys=[], missing_keys=[])
+
+    put_weights([Chunk()], {"model0": {"layer._extra_state": torch.empty(0, dtype=torch.uint8)}})
+    assert seen == ["1"]  # Transformer Engine 2.20 refuses its own scales without it
+    assert allowed not in os.environ
+
+
 def test_torch_load_is_kept_to_weights_whatever_its_caller_says(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     mark, path = tmp_path / "ran", tmp_path / "file.pt"

@@ -108,6 +108,12 @@ def test_the_state_survives_json_to_the_bit(values):
 
 
 def test_numbers_that_mean_nothing_are_refused():
-    for wrong in ({"sigmas": 0.0}, {"window_steps": 0}, {"hang_timeout_s": 0.0}):
+    for wrong in (
+        {"sigmas": 0.0},
+        {"window_steps": 0},
+        {"hang_timeout_s": 0.0},
+        {"most_roll_backs": -1},
+        {"most_skips_in_a_row": -3},
+    ):
         with pytest.raises(SettingsError, match="watch"):
             WatchConfig(**wrong)  # type: ignore[arg-type]

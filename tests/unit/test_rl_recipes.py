@@ -1,0 +1,64 @@
+"""The recipes of reinforcement learning: the paper's numbers, and what OpenRLHF is told of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_octo.config.load import load_recipe, read_recipes
+from megatron_octo.config.rl import RLConfig
+from megatron_octo.rl.command import command
+from tests.conftest import REPOSITORY
+
+FILE = REPOSITORY / "recipes" / "rl_zero.py"
+NAMES = sorted(read_recipes(FILE).functions)
+
+
+def recipe(name: str) -> RLConfig:
+    loaded = load_recipe(f"{FILE}:{name}", (RLConfig,), [], command="octo rl")
+    assert isinstance(loaded, RLConfig)
+    return loaded
+
+
+def test_each_llama_has_its_three_branches_and_qwen_is_there_to_compare() -> None:
+    branches = {f"{model}_{branch}" for model in ("llama32_1b", "llama32_3b", "llama31_8b") for branch in BRANCHES}
+    assert set(NAMES) == branches | {"llama32_3b_base", "qwen25_3b_base", "llama32_3b_long_official_script"}
+
+
+BRANCHES = {
+    "short": ("simple", [(200, 4096)]),
+    "long": ("complex", [(100, 2048), (160, 4096), (200, 8192)]),
+    "hybrid": ("complex", [(200, 4096)]),
+}
+
+
+@pytest.mark.parametrize("model", ["llama32_1b", "llama32_3b", "llama31_8b"])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_a_branch_has_the_papers_template_and_lengths(model: str, branch: str) -> None:
+    config = recipe(f"{model}_{branch}")
+    template, lengths = BRANCHES[branch]
+    assert config.template == template
+    assert [(stage.end, stage.max_response_tokens) for stage in config.stages] == lengths
+    assert config.model.parts[-3:] == (f"{model.replace('_', '-')}-decay-{branch}", "hf", "step_00005000")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_papers_numbers(name: str) -> None:
+    config = recipe(name)
+    updates = (256, 16) if name.endswith("official_script") else (128, 2)
+    assert (config.prompts_per_step, config.updates_per_step) == updates
+    assert (config.samples_per_prompt, config.learning_rate, config.kl_coefficient) == (16, 1e-6, 0.0)
+    assert (config.temperature, config.max_prompt_tokens, config.clip_low, config.clip_high) == (1.0, 400, 0.2, 0.2)
+    assert (
+        config.name
+        == config.output.name
+        == name.replace("_base", "-rl-base")
+        .replace("_", "-")
+        .replace(*next(((f"-{each}", f"-rl-{each}") for each in BRANCHES if f"_{each}" in name), ("", "")))
+    )
+    flags = command(config, stage=config.stages[0], num_episodes=1, cuda=True)
+    assert flags[flags.index("--rollout.max_new_tokens") + 1] == str(config.max_response_tokens)
+    assert flags[flags.index("--train.batch_size") + 1] == str(128 * 16 // 2 if updates[1] == 2 else 256)
+
+
+def test_names_and_folders_are_distinct() -> None:
+    assert len({recipe(name).output for name in NAMES}) == len(NAMES)
