@@ -119,7 +119,7 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     import tokenizers
 
     folder.mkdir()
-    hf_folder.write_weights(folder, tensors(model), "bf16", num_writers=1)
+    hf_folder.write_weights(folder, tensors(model), "bf16")
     vocabulary = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
     tokenizers.Tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     words = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_octo import console
 from megatron_octo.convert import safetensors_file
-from megatron_octo.convert.output import MAX_FILE_BYTES, NUM_WRITERS, into_files, write_files
+from megatron_octo.convert.output import MAX_FILE_BYTES, into_files, write_files
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
@@ -146,13 +146,11 @@ def write_weights(
     *,
     check: Callable[[Weights], None] = lambda weights: None,
     max_file_bytes: int = MAX_FILE_BYTES,
-    num_writers: int = NUM_WRITERS,
 ) -> str:
     """Write safetensors: one file, or numbered ones with an index where they would exceed `max_file_bytes`.
 
-    Tensors of one sequence are written into one file; a single writer makes all tensors in their order. `check` hears
-    of each file once it is on the disk. A file that is in `folder` already is whole, and stays. Returns one SHA-256
-    over the files.
+    Tensors of one sequence are written into one file; all are made in their order. `check` hears of each file once it
+    is on the disk. A file that is in `folder` already is whole, and stays. Returns one SHA-256 over the files.
     """
     import torch
 
@@ -172,7 +170,6 @@ def write_weights(
             [folder / name for name in files],
             lambda temporary, path: safetensors_file.write(temporary, files[path.name], torch_dtype, wrote=wrote),
             lambda path: check(Weights(path)),
-            num_writers=num_writers,
         )
     if len(files) > 1:
         weight_map = {tensor.name: name for name, group in files.items() for tensor in group}

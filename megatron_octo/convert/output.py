@@ -7,7 +7,7 @@ import ctypes
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,8 +17,6 @@ from megatron_octo.errors import BadInput
 PLAN = "plan.json"
 MAX_FILE_BYTES = 2_000_000_000
 """Largest weight file written: small enough to be in the page cache still when it is read back."""
-NUM_WRITERS = 3
-"""Files in the making at a time: one is written while another is read back and a third waits for the disk."""
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
@@ -39,22 +37,18 @@ def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Li
 
 
 def check_room(output: Path, num_bytes: int) -> None:
-    """Refuse a disk that cannot hold the weights.
+    """Refuse a disk that cannot hold the weights; what a killed attempt left is kept or makes room.
 
     Raises:
         BadInput: so it is.
     """
-    free = rundir.free_bytes(output)
+    left = sum(path.stat().st_size for path in _partial_folder(output).glob("*"))
+    free = rundir.free_bytes(output) + left
     if free < num_bytes:
         raise BadInput(
             f"the weights take {console.size(num_bytes)} on the disk of {output}, and {console.size(free)} are free",
             fix="free some, or choose another folder",
         )
-
-
-def partial_folder(output: Path) -> Path:
-    """Where `continued` prepares `output`."""
-    return output.with_name(f".{output.name}.partial")
 
 
 @contextlib.contextmanager
@@ -66,7 +60,7 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     Raises:
         BadInput: another process is at it.
     """
-    partial = partial_folder(output)
+    partial = _partial_folder(output)
     rundir.clear_stale(output)
     with rundir.lock(partial):
         same = (partial / PLAN).exists() and rundir.read_json(partial / PLAN) == plan
@@ -79,10 +73,14 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
         except Exception:
             shutil.rmtree(partial)
             raise
-        (partial / PLAN).unlink()
-        (partial / rundir.LOCK).unlink()
         rundir.mark_done(partial)
+        (partial / rundir.LOCK).unlink()
+        (partial / PLAN).unlink()  # a kill before this one loses nothing
         rundir.publish(partial, output)
+
+
+def _partial_folder(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
 
 
 def into_files[T](items: Iterable[T], num_bytes: Callable[[T], int], max_file_bytes: int) -> list[list[T]]:
@@ -106,29 +104,29 @@ def start_writing(file: IO[bytes]) -> None:
     ctypes.CDLL(None).sync_file_range(file.fileno(), *everything, SYNC_FILE_RANGE_WRITE)
 
 
-def write_files(
-    paths: Sequence[Path],
-    write: Callable[[Path, Path], None],
-    check: Callable[[Path], None],
-    *,
-    num_writers: int = NUM_WRITERS,
-) -> str:
-    """Write files, check each once it is on the disk, and hash it; several at a time. Returns one SHA-256 over all.
+def write_files(paths: Sequence[Path], write: Callable[[Path, Path], None], check: Callable[[Path], None]) -> str:
+    """Write files, one after the other, and hash and check each once it is on the disk, while the next is written.
 
     `write` is given a temporary path, and the one that the file gets when it is whole. A file that is there already is
-    whole, and only checked.
+    whole, and only checked. Returns one SHA-256 over all.
     """
 
-    def make(path: Path) -> str:
+    def end(temporary: Path, path: Path) -> str:
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.tmp")
-            write(temporary, path)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
+        digest = rundir.sha256(path)
         check(path)
-        return rundir.sha256(path)
+        return digest
 
-    with ThreadPoolExecutor(num_writers) as pool:
-        sums = pool.map(make, paths)
-        return rundir.sha256_files({path.name: digest for path, digest in zip(paths, sums, strict=True)})
+    sums: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1) as pool:
+        for path in paths:
+            temporary = path.with_name(f".{path.name}.tmp")
+            if not path.exists():
+                write(temporary, path)
+            for before in sums.values():
+                before.result()  # its error ends the work; what is checked late has left the page cache
+            sums[path.name] = pool.submit(end, temporary, path)
+        return rundir.sha256_files({name: digest.result() for name, digest in sums.items()})

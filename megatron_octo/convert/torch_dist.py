@@ -111,7 +111,12 @@ class Reader:
     def _piece(self, key: str, chunk: Any) -> torch.Tensor:
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
-        info = self._storage[MetadataIndex(key, chunk.offsets)]
+        info = self._storage.get(MetadataIndex(key, chunk.offsets))
+        if info is None:
+            raise BadInput(
+                f"{self.folder / INDEX} names no file for the piece of {key} at {tuple(chunk.offsets)}",
+                fix="take another save: this one is not whole",
+            )
         path = self.folder / info.relative_path
         if path.parent != self.folder or not path.is_file():
             raise BadInput(
@@ -177,7 +182,8 @@ def write(
     """Write a `torch_dist` checkpoint that megatron loads at any parallel layout; holds a few pieces at a time.
 
     The pieces of a key tile it. `folder` exists. `check` hears of the pieces of each file once it is on the disk, with
-    a reader of what was written so far. Returns one SHA-256 over the files.
+    a reader of what was written so far. A file that is in `folder` already is whole, and stays; the index, written
+    with each file, knows it. Returns one SHA-256 over the files.
 
     Raises:
         VerificationError: the index cannot be read back; or what `check` raises.
@@ -205,11 +211,14 @@ def write(
                 add(file, path, MetadataIndex(piece.key, piece.offset), _alone(piece.make()))
                 start_writing(file)
                 wrote(piece.num_bytes())
+        write_atomic(folder / INDEX, pickle.dumps(index))
 
     index.state_dict_metadata[COMMON_STATE] = BytesStorageMetadata()
+    if (folder / INDEX).exists():
+        index.storage_data.update(read_index(folder).storage_data)
     with console.byte_meter("write weights", sum(piece.num_bytes() for piece in pieces)) as wrote:
+        wrote(sum(piece.num_bytes() for path, group in files.items() if path.exists() for piece in group))
         digest = write_files(list(files), write_file, lambda path: check(Reader(folder, index), files[path]))
-    write_atomic(folder / INDEX, pickle.dumps(index))
     if read_index(folder) != index:
         raise VerificationError(f"{folder / INDEX} is not what was written", fix="look after the disk; convert again")
     write_json(folder / FORMAT_FILE, FORMAT)

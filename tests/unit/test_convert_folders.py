@@ -462,6 +462,23 @@ def test_what_a_killed_export_of_another_format_left_is_not_used(made: Path, wor
     assert not (out / "plan.json").exists()
 
 
+def test_what_a_killed_import_of_other_weights_left_is_not_used(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lineage, "write", kill)
+        with pytest.raises(KeyboardInterrupt):
+            from_hf(base, tmp_path / "import")
+    assert (tmp_path / ".import.partial/__0_0.distcp").exists()
+    others = {name: tensor + 1 for name, tensor in load_folder(base).items()}
+    save_file(others, base / "model.safetensors", metadata={"format": "pt"})
+    save = Save(from_hf(base, tmp_path / "import", verify=False))
+    assert torch.equal(save.read("output_layer.weight"), others["lm_head.weight"])
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_weight_file_that_is_missing_or_cut_off_is_refused(base: Path, tmp_path: Path, damage: str) -> None:
     weights = hf_folder.Weights(base)
