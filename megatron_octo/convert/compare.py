@@ -5,12 +5,11 @@ Reads what is on the disk, one tensor at a time.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_octo.convert import page_cache
 from megatron_octo.convert.hf_folder import Weights
 from megatron_octo.errors import VerificationError
 from megatron_octo.model import mapping
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from megatron_octo.convert.torch_dist import Reader
 
 SHOWN = 5
-MADV_COLD = 20  # linux/mman.h; Python's mmap has no name for it
 
 
 def compare_export(source: Save, exported: Weights) -> None:
@@ -38,7 +36,7 @@ def compare_export(source: Save, exported: Weights) -> None:
             back = weight.join(parts)
             if not _same_bits(back, origin.to(back.dtype)):
                 wrong.append(weight.parts[0][0])
-            _release_pages(*parts, origin)
+            page_cache.release(*parts, origin)
     _raise_if_any(wrong, exported.folder, source.folder)
 
 
@@ -53,7 +51,7 @@ def compare_import(reader: Reader, weights: Sequence[mapping.Weight], hf: Weight
         written, parts = reader.read(weight.key, weight.layer), [hf.read(name) for name, _ in weight.parts]
         if not all(map(_same_bits, weight.split(written), parts)):
             wrong.append(weight.parts[0][0])
-        _release_pages(written, *parts)
+        page_cache.release(written, *parts)
     _raise_if_any(wrong, reader.folder, hf.folder)
 
 
@@ -63,17 +61,6 @@ def _raise_if_any(wrong: Sequence[str], result: Path, origin: Path) -> None:
             f"{result}: {len(wrong)} tensors differ from those of {origin}: {', '.join(wrong[:SHOWN])}",
             fix="do not use this result; convert again",
         )
-
-
-def _release_pages(*tensors: torch.Tensor) -> None:
-    """Let the page cache give up what was read of files here for the last time, before what is still to be read.
-
-    The kernel keeps longest what was read several times, and with weights larger than memory that is all used up.
-    """
-    libc = ctypes.CDLL(None)
-    for tensor in tensors:
-        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), MADV_COLD)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

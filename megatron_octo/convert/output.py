@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_octo import console, lineage, rundir
 from megatron_octo.errors import BadInput
@@ -17,7 +16,6 @@ from megatron_octo.errors import BadInput
 PLAN = "plan.json"
 MAX_FILE_BYTES = 2_000_000_000
 """Largest weight file written: small enough to be in the page cache still when it is read back."""
-SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Lineage | None:
@@ -95,13 +93,6 @@ def into_files[T](items: Iterable[T], num_bytes: Callable[[T], int], max_file_by
         files[-1].append(item)
         room -= size
     return files
-
-
-def start_writing(file: IO[bytes]) -> None:
-    """Have the kernel begin to put on the disk what `file` holds; left alone it lets the disk idle until an fsync."""
-    file.flush()
-    everything = ctypes.c_int64(0), ctypes.c_int64(0)
-    ctypes.CDLL(None).sync_file_range(file.fileno(), *everything, SYNC_FILE_RANGE_WRITE)
 
 
 def write_files(paths: Sequence[Path], write: Callable[[Path, Path], None], check: Callable[[Path], None]) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from megatron_octo import console
-from megatron_octo.convert.output import MAX_FILE_BYTES, into_files, start_writing, write_files
+from megatron_octo.convert.output import MAX_FILE_BYTES, into_files, write_files
+from megatron_octo.convert.page_cache import read_ahead, start_writing
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model.untrusted import INDEX, read_index
 from megatron_octo.rundir import write_atomic, write_json
@@ -87,6 +88,7 @@ class Reader:
             if low >= high:
                 continue
             piece = self._piece(key, chunk)[low - chunk.offsets[0] : high - chunk.offsets[0]]
+            read_ahead(piece)
             if piece.shape == shape:  # nothing to put together, nothing to copy
                 return piece if index is None else piece[0]
             out = torch.empty(shape, dtype=entry.properties.dtype) if out is None else out
@@ -142,7 +144,6 @@ def _mapped(path: Path, offset: int, length: int) -> torch.Tensor:
         with torch.serialization.skip_data():
             shell = torch.load(_create_file_view(file, offset, length), map_location="cpu", weights_only=True)
         content = mmap.mmap(file.fileno(), page + length, offset=offset - page, access=mmap.ACCESS_COPY)
-    content.madvise(mmap.MADV_WILLNEED)  # all at once: read page by page a disk gives a third of its speed
     archive = zipfile.ZipFile(cast(BinaryIO, content))
     entry = next(each for each in archive.infolist() if each.filename.endswith(NUMBERS))
     if not shell.is_contiguous() or entry.file_size != shell.nbytes:
