@@ -16,7 +16,7 @@ from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.convert import hf_folder, torch_dist
 from megatron_octo.convert.compare import compare_import
-from megatron_octo.convert.output import check_room, finished
+from megatron_octo.convert.output import check_room, continued, finished
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
 from megatron_octo.model.weights import MODEL_FILE
@@ -55,10 +55,12 @@ def from_hf(hf: Path, output: Path, *, name: str = "", verify: bool = True, over
         if verify:
             compare_import(reader, [weights[piece.key, piece.offset[0]] for piece in written], tensors)
 
-    with rundir.new_folder(output) as folder, pool:
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in hf.glob(hf_folder.WEIGHT_FILES)}
+    plan = {"model": to_dict(model), "files": files, "code": lineage.code_version()}
+    with continued(output, plan) as folder, pool:
         digest = torch_dist.write(folder, pieces, check=check)
         rundir.write_json(folder / MODEL_FILE, to_dict(model))
-        sums = {path.name: hashed(path).result() for path in hf.glob(hf_folder.WEIGHT_FILES)}
+        sums = {name: hashed(hf / name).result() for name in files}
         parent = _parent(hf, name, rundir.sha256_files(sums))
         lineage.write(folder, lineage.Lineage(name=parent.name, kind="import", weights_sha256=digest, parent=parent))
     log.info("%s: %s parameters from %s", output, f"{model.num_parameters:,}", hf)

@@ -149,8 +149,8 @@ def write_weights(
 ) -> str:
     """Write safetensors: one file, or numbered ones with an index where they would exceed `max_file_bytes`.
 
-    Tensors of one sequence are written into one file. `check` hears of each file once it is on the disk. A file that
-    is in `folder` already is whole, and stays. Returns one SHA-256 over the files.
+    Tensors of one sequence are written into one file; all are made in their order. `check` hears of each file once it
+    is on the disk. A file that is in `folder` already is whole, and stays. Returns one SHA-256 over the files.
     """
     import torch
 

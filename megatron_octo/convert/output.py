@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,6 @@ from megatron_octo.errors import BadInput
 PLAN = "plan.json"
 MAX_FILE_BYTES = 2_000_000_000
 """Largest weight file written: small enough to be in the page cache still when it is read back."""
-CHECKERS = 2
-"""Threads that check files: one waits for the disk while the other reads."""
-MAX_UNCHECKED = 3
-"""Files that the writer may be ahead."""
 
 
 def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Lineage | None:
@@ -39,22 +35,18 @@ def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Li
 
 
 def check_room(output: Path, num_bytes: int) -> None:
-    """Refuse a disk that cannot hold the weights.
+    """Refuse a disk that cannot hold the weights; what a killed attempt left is kept or makes room.
 
     Raises:
         BadInput: so it is.
     """
-    free = rundir.free_bytes(output)
+    left = sum(path.stat().st_size for path in _partial_folder(output).glob("*"))
+    free = rundir.free_bytes(output) + left
     if free < num_bytes:
         raise BadInput(
             f"the weights take {console.size(num_bytes)} on the disk of {output}, and {console.size(free)} are free",
             fix="free some, or choose another folder",
         )
-
-
-def partial_folder(output: Path) -> Path:
-    """Where `continued` prepares `output`."""
-    return output.with_name(f".{output.name}.partial")
 
 
 @contextlib.contextmanager
@@ -66,7 +58,7 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     Raises:
         BadInput: another process is at it.
     """
-    partial = partial_folder(output)
+    partial = _partial_folder(output)
     rundir.clear_stale(output)
     with rundir.lock(partial):
         same = (partial / PLAN).exists() and rundir.read_json(partial / PLAN) == plan
@@ -79,10 +71,14 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
         except Exception:
             shutil.rmtree(partial)
             raise
-        (partial / PLAN).unlink()
-        (partial / rundir.LOCK).unlink()
         rundir.mark_done(partial)
+        (partial / rundir.LOCK).unlink()
+        (partial / PLAN).unlink()  # a kill before this one loses nothing
         rundir.publish(partial, output)
+
+
+def _partial_folder(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
 
 
 def into_files[T](items: Iterable[T], num_bytes: Callable[[T], int], max_file_bytes: int) -> list[list[T]]:
@@ -99,28 +95,29 @@ def into_files[T](items: Iterable[T], num_bytes: Callable[[T], int], max_file_by
     return files
 
 
-def write_files(paths: Iterable[Path], write: Callable[[Path, Path], None], check: Callable[[Path], None]) -> str:
-    """Write files one after the other; check and hash each, once it is on the disk, while the next ones are written.
+def write_files(paths: Sequence[Path], write: Callable[[Path, Path], None], check: Callable[[Path], None]) -> str:
+    """Write files, one after the other, and hash and check each once it is on the disk, while the next is written.
 
     `write` is given a temporary path, and the one that the file gets when it is whole. A file that is there already is
     whole, and only checked. Returns one SHA-256 over all.
     """
 
-    def finish(path: Path, temporary: Path | None) -> str:
-        if temporary:
+    def end(temporary: Path, path: Path) -> str:
+        if not path.exists():
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
+        digest = rundir.sha256(path)
         check(path)
-        return rundir.sha256(path)
+        return digest
 
-    with ThreadPoolExecutor(CHECKERS) as pool:
-        sums: dict[str, Future[str]] = {}
+    sums: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1) as pool:
         for path in paths:
-            for each in list(sums.values())[:-MAX_UNCHECKED]:
-                each.result()
-            temporary = None if path.exists() else path.with_name(f".{path.name}.tmp")
-            if temporary:
+            temporary = path.with_name(f".{path.name}.tmp")
+            if not path.exists():
                 write(temporary, path)
-            sums[path.name] = pool.submit(finish, path, temporary)
-        return rundir.sha256_files({name: each.result() for name, each in sums.items()})
+            for before in sums.values():
+                before.result()  # its error ends the work; what is checked late has left the page cache
+            sums[path.name] = pool.submit(end, temporary, path)
+        return rundir.sha256_files({name: digest.result() for name, digest in sums.items()})

@@ -46,7 +46,8 @@ def random_base(config: RandomBaseConfig, *, overwrite: bool = False) -> Path:
         return config.output
     tokenizer = hf_folder.read_tokenizer(config.tokenizer, config.model)
     with rundir.new_folder(config.output) as folder:
-        digest = hf_folder.write_weights(folder, ([each] for each in _tensors(config.model, config.seed)), "fp32")
+        tensors = ([each] for each in _tensors(config.model, config.seed))
+        digest = hf_folder.write_weights(folder, tensors, "fp32")
         hf_folder.write_settings(folder, config.model, tokenizer, "fp32")
         rundir.write_json(folder / SETTINGS, settings)
         lineage.write(folder, lineage.Lineage(name=NAME, kind="base", weights_sha256=digest))

@@ -7,10 +7,12 @@ filled up with spaces to a multiple of 8 bytes), then the numbers, in the order 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_octo.convert.page_cache import start_writing
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +42,20 @@ def write(path: Path, tensors: Sequence[Named], dtype: torch.dtype, *, wrote: Ca
     header, places = _header(tensors, dtype)
     with path.open("wb") as file:
         file.write(header)
-        for each in tensors:
+        for each, made in zip(tensors, _one_ahead(each.make() for each in tensors), strict=True):
             file.seek(len(header) + places[each.name])
-            file.write(_bytes(each.make().to(dtype)))
+            file.write(_bytes(made.to(dtype)))
+            start_writing(file)
             wrote(each.num_bytes(dtype))
+
+
+def _one_ahead[T](items: Iterator[T]) -> Iterator[T]:
+    """Yield each item when the next one is made: the disk reads that meanwhile."""
+    before = next(items)
+    for item in items:
+        yield before
+        before = item
+    yield before
 
 
 def _header(tensors: Sequence[Named], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:

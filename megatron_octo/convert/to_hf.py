@@ -14,7 +14,7 @@ from megatron_octo import console, lineage, rundir
 from megatron_octo.config.train import ChatTemplate
 from megatron_octo.convert import hf_folder, model_card, sample
 from megatron_octo.convert.compare import compare_export
-from megatron_octo.convert.output import check_room, continued, finished, partial_folder
+from megatron_octo.convert.output import check_room, continued, finished
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import Save
 from megatron_octo.convert.verify import verify as verify_export
@@ -60,8 +60,7 @@ def to_hf(
         log.info("%s is there already, made from %s", output, save)
         return output
     words = hf_folder.read_tokenizer(tokenizer, source.model)
-    there = sum(path.stat().st_size for path in partial_folder(output).glob(hf_folder.WEIGHT_FILES))
-    check_room(output, hf_folder.num_bytes(source.model, dtype) - there)
+    check_room(output, hf_folder.num_bytes(source.model, dtype))
 
     def check(written: hf_folder.Weights) -> None:
         if verify:

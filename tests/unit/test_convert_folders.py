@@ -250,7 +250,9 @@ def test_a_bit_that_the_disk_turns_is_found(
         return spoilt
 
     for module in (torch_dist, hf_folder):
-        monkeypatch.setattr(module, "write_files", lambda paths, write, check: write_files(paths, spoil(write), check))
+        monkeypatch.setattr(
+            module, "write_files", lambda paths, write, check, **more: write_files(paths, spoil(write), check, **more)
+        )
 
     def convert(verify: bool) -> None:
         if way == "in":
@@ -418,7 +420,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
 def test_files_that_a_killed_export_finished_are_kept(
     made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_folder.write_weights, "__kwdefaults__", {"max_file_bytes": 4096})
+    monkeypatch.setitem(hf_folder.write_weights.__kwdefaults__, "max_file_bytes", 4096)
     read, reads = Save.read, 0
 
     def kill(self: Save, key: str, layer: int | None = None) -> torch.Tensor:
@@ -458,6 +460,23 @@ def test_what_a_killed_export_of_another_format_left_is_not_used(made: Path, wor
     out = to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=False)
     assert (out / "model.safetensors").read_bytes() == (made / "base/model.safetensors").read_bytes()
     assert not (out / "plan.json").exists()
+
+
+def test_what_a_killed_import_of_other_weights_left_is_not_used(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lineage, "write", kill)
+        with pytest.raises(KeyboardInterrupt):
+            from_hf(base, tmp_path / "import")
+    assert (tmp_path / ".import.partial/__0_0.distcp").exists()
+    others = {name: tensor + 1 for name, tensor in load_folder(base).items()}
+    save_file(others, base / "model.safetensors", metadata={"format": "pt"})
+    save = Save(from_hf(base, tmp_path / "import", verify=False))
+    assert torch.equal(save.read("output_layer.weight"), others["lm_head.weight"])
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])

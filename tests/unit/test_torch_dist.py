@@ -120,6 +120,14 @@ def test_a_save_with_a_missing_piece_is_refused(folder: Path) -> None:
         Reader(folder).read("layers")
 
 
+def test_an_index_that_names_no_file_for_a_piece_is_refused(folder: Path) -> None:
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    del index.storage_data[next(each for each in index.storage_data if each.fqn == "norm")]
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(BadInput, match=r"names no file for the piece of norm at \(0,\)"):
+        Reader(folder).read("norm")
+
+
 def test_pieces_outside_of_the_folder_are_not_read(folder: Path) -> None:
     index = pickle.loads((folder / ".metadata").read_bytes())
     for info in index.storage_data.values():
