@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "sample and grade answers with vLLM",
     "pipeline": "the stages in a row; resumes where it stopped",
     "report": "one page: lineage, curves, accuracy before and after RL",
+    "slurm": "check, plan, preflight: what slurm/*.sh ask before and in a job",
     "runs": "list, tree, show: how far each run is, who descends from whom",
     "recipes": "list, show: the recipes in a folder",
     "doctor": "what is installed, what each stage can do here, how to get what is missing",
