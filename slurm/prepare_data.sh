@@ -1,6 +1,6 @@
 #!/bin/bash
-# Text to indexed data sets, on one node's CPUs: the arguments of `octo data prepare`.
-#   sbatch slurm/prepare_data.sh recipes/corpora.py:megamath_web_pro --workers 64
+# Text to indexed data sets, on one node's CPUs: the arguments of `octo data`.
+#   sbatch slurm/prepare_data.sh prepare recipes/corpora.py:megamath_web_pro --workers 64
 #SBATCH --job-name=prepare_data
 #SBATCH --nodes=1
 #SBATCH --exclusive

@@ -4,11 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source slurm/lib/site.sh
-if ! command -v sbatch >/dev/null; then
-    echo "no Slurm here: sbatch is not on PATH
-  fix: run this on a login node of the cluster; without Slurm, \`octo train RECIPE --ranks N\` runs on one machine" >&2
-    exit 2
-fi
+need_slurm
 if command -v "${OCTO[0]}" >/dev/null; then
     "${OCTO[@]}" slurm check -- "$@" >&2
 else

@@ -11,14 +11,17 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_octo import rundir
 from megatron_octo.config.load import load_recipe
+from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput
+from megatron_octo.launch.pipeline import Stage, stage_file, stages
 
 MODEL = "llama32_3b"
 RECIPES = Path("recipes")
@@ -27,7 +30,7 @@ LOGS = Path("slurm/logs")
 LEAST_FREE_BYTES = 1 << 30  # for what Slurm and the ranks print
 MOST_NODES = 1024  # among which a number that fits is looked for
 COMMANDS: Mapping[str, tuple[str, ...]] = {
-    "prepare_data": ("data", "prepare"),
+    "prepare_data": ("data",),
     "convert": ("convert",),
     "evaluate": ("evaluate",),
     "report": ("report",),
@@ -89,6 +92,62 @@ def job(script: str, args: Sequence[str]) -> Job:
         return Job(argv=("rl", spec, *overrides), config=load_recipe(spec, RLConfig, overrides, command="octo rl"))
     config = load_recipe(spec, MidTrainConfig, overrides, command="octo train")
     return Job(argv=("train", spec, *overrides), config=config)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeJob:
+    """A job of a pipeline."""
+
+    name: str
+    after: tuple[str, ...]
+    """Jobs that must have succeeded."""
+    script: str
+    args: tuple[str, ...]
+
+
+def tree(config: PipelineConfig) -> list[TreeJob]:
+    """What is not DONE of a pipeline as jobs, each after those that it needs. `write_settings` writes what they read.
+
+    Stages up to the stable run are a chain; branches part there, each with its export and its RL.
+    """
+    exports = {f"train {each.name}": f"export {each.name}" for each in (config.stable, *config.branches)}
+    rl = tuple(each.name for each in config.rl)
+    last, jobs = "", []
+    for stage in stages(config):
+        if stage.name == "reinforcement learning":
+            jobs += [_rl_job(config, each, exports) for each in config.rl if not rundir.is_done(each.output)]
+            continue
+        before: tuple[str, ...] = (last,)
+        match stage.argv[0]:
+            case "convert" if stage.name.startswith("export"):
+                before = (next(train for train, export in exports.items() if export == stage.name),)
+            case "train" if stage.name != f"train {config.stable.name}":
+                before = (f"train {config.stable.name}",)
+            case "evaluate":
+                before = tuple(exports.values()) if stage.argv[-1] == "before" else rl
+            case "report":
+                before = ("evaluate before RL", *(("evaluate after RL",) if config.evaluate_after else rl))
+            case _:
+                last = stage.name
+        if not stage.done:
+            jobs.append(TreeJob(name=stage.name, after=before, **_script(config, stage)))
+    left = {each.name for each in jobs}
+    return [replace(each, after=tuple(name for name in each.after if name in left)) for each in jobs]
+
+
+def _script(config: PipelineConfig, stage: Stage) -> dict[str, Any]:
+    command, *args = stage.argv
+    if command == "train":
+        script = "stable_200b" if stage.name == f"train {config.stable.name}" else "decay_20b"
+        return {"script": script, "args": ("--recipe", args[0])}
+    return {"script": {"data": "prepare_data"}.get(command, command), "args": tuple(args)}
+
+
+def _rl_job(config: PipelineConfig, run: RLConfig, exports: Mapping[str, str]) -> TreeJob:
+    made_of = (name.removeprefix("train ") for name in exports)
+    parent = next((name for name in made_of if rundir.run_folder(name) in run.model.parents), "")
+    settings = str(stage_file(config, run))
+    return TreeJob(name=run.name, after=(f"export {parent}",), script="rl", args=("--recipe", settings))
 
 
 def check_shape(config: MidTrainConfig | RLConfig | None, shape: Shape) -> str:

@@ -12,7 +12,8 @@ set -uo pipefail
 
 RESTART=${SLURM_RESTART_COUNT:-0}
 GPUS=${SLURM_GPUS_PER_NODE-0} GPUS=${GPUS##*:} # `--exclusive` grants all that a node has, but this many were asked for
-SIGNAL='' # the last one that asked this job to end
+SIGNAL=''      # the last one that asked this job to end
+PASSED_ON=TERM # what its tasks are told then
 
 say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID.$RESTART: $*" >&2; }
 
@@ -38,8 +39,8 @@ run_job() { # NAME [ARGUMENTS]
 
 asked() { # SIGNAL
     SIGNAL=$1
-    say "SIG$1: the ranks are asked to save and to end"
-    scancel --signal="$1" "$SLURM_JOB_ID" 2>/dev/null # steps only, not this script
+    say "SIG$1: the tasks are asked to save and to end"
+    scancel --signal="$PASSED_ON" "$SLURM_JOB_ID" 2>/dev/null # steps only, not this script
 }
 
 keep_records() {
@@ -91,7 +92,9 @@ run_ranks() {
     local tasks=(--nodes=1 --ntasks=1) srun
     MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
     export MASTER_ADDR MASTER_PORT
+    [[ ${ARGV[0]} == rl ]] && make_ray_token
     if [[ ${ARGV[0]} == train ]]; then
+        PASSED_ON=USR1 # of TERM srun would make an end in 30 s
         tasks=(--ntasks=$((${#HOSTS[@]} * GPUS)) --ntasks-per-node="$GPUS")
         tasks+=(--cpus-per-task=$((SLURM_CPUS_ON_NODE / GPUS)))
     fi
@@ -102,6 +105,13 @@ run_ranks() {
     while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done # a trap ends `wait` early
     wait "$srun"
     CODE=$?
+}
+
+make_ray_token() { # whoever lacks it is no client of this job's Ray
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOGS/ray_token
+    export RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH
+    (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
+    trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 }
 
 end_job() {

@@ -16,3 +16,10 @@ source "$OCTO_SITE"
 export OCTO_RUNS=${OCTO_RUNS:-$PWD/runs}
 OCTO=("${OCTO_EXEC[@]}" "$OCTO_PYTHON" -m megatron_octo)
 SRUN=(srun "${OCTO_SRUN[@]}")
+
+need_slurm() {
+    command -v sbatch >/dev/null && return
+    echo "no Slurm here: sbatch is not on PATH
+  fix: run this on a login node of the cluster; without Slurm, \`octo train RECIPE --ranks N\` runs on one machine" >&2
+    exit 2
+}

@@ -14,10 +14,10 @@ from tests.conftest import REPOSITORY
 from tests.slurm.cluster import GPUS, Cluster, cluster, missing
 
 NVIDIA_SMI = f"""#!/bin/bash
-# Stands for the driver's: one row a GPU; a node with a file of its name here lacks one.
-count={GPUS}
-[[ -e $(dirname "$0")/$SLURMD_NODENAME ]] && count={GPUS - 1}
-for ((i = 0; i < count; i++)); do echo "$i, 4, 0"; done
+# Stands for the driver's: one row a GPU; on a node with a file of its name here, the first one has errors.
+for ((i = 0; i < {GPUS}; i++)); do
+    echo "$i, 4, $([[ $i == 0 && -e $(dirname "$0")/$SLURMD_NODENAME ]] && echo 3 || echo 0)"
+done
 """
 
 

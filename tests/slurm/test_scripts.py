@@ -85,7 +85,9 @@ def test_training_starts_unchanged_with_a_rank_a_gpu(slurm: Cluster, stubbed: Pa
     [
         ("convert", ["to-hf", "runs/x"], ["convert", "to-hf", "runs/x"]),
         ("evaluate", ["recipes/miniature.py"], ["evaluate", "recipes/miniature.py"]),
-        ("prepare_data", ["recipes/corpora.py:math8k"], ["data", "prepare", "recipes/corpora.py:math8k"]),
+        ("rl", ["long"], ["rl", "recipes/rl_zero.py:llama32_3b_long"]),
+        ("report", ["runs/x"], ["report", "runs/x"]),
+        ("prepare_data", ["prepare", "recipes/corpora.py:math8k"], ["data", "prepare", "recipes/corpora.py:math8k"]),
     ],
 )
 def test_other_stages_start_unchanged_with_one_task(slurm, stubbed, script, args, command):
@@ -93,6 +95,25 @@ def test_other_stages_start_unchanged_with_one_task(slurm, stubbed, script, args
     assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
     ((argv, rank, size, *_),) = tasks(stubbed, f"{job}.0")
     assert (argv, rank, size) == (command, "0", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rays_of_rl_jobs_take_no_client_without_the_jobs_own_token(slurm, stubbed):
+    pytest.importorskip("ray", reason="ray is not installed")
+    said = []
+    for _ in range(2):
+        job = submit(slurm, stubbed, "slurm/rl.sh", "long", "--name", "x", "--output", stubbed / "rl", STUB_RAY="1")
+        assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+        records = stubbed / "runs" / "slurm" / f"{job}.0"
+        lines = (records / "ranks.txt").read_text().splitlines()
+        said.append(json.loads(next(line for line in lines if '"token"' in line).partition(": ")[2]))
+        assert not (records / "ray_token").exists(), "the token outlives the job"
+        (stubbed / "rl" / "DONE").unlink()
+    for each in said:
+        assert (each["with"], each["wrong"], each["without"]) == (True, False, False)
+        assert (len(each["token"]), each["mode"]) == (64, "0o600")
+    assert said[0]["token"] != said[1]["token"]
 
 
 def test_model_branch_nodes_and_overrides_come_from_the_command_line(slurm, stubbed):
@@ -116,7 +137,7 @@ def test_a_node_that_fails_the_preflight_is_left_out(slurm, stubbed):
     job = submit(slurm, stubbed, "--nodes=2", "slurm/stable_200b.sh")
     assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
     assert slurm.field(job, "Restarts") == "1"
-    assert "node1 bad: 7 of 8 GPUs" in output(stubbed, job)
+    assert "node1 bad: GPU 0: 3 uncorrected memory errors" in output(stubbed, job)
     assert {node for _, _, _, _, node, *_ in tasks(stubbed, f"{job}.1")} == {"node2", "node3"}
 
 
@@ -162,6 +183,42 @@ def test_settings_that_do_not_fit_the_nodes_are_refused_at_the_start(slurm, chec
     job = submit(slurm, checkout, "--nodes=2", "slurm/stable_200b.sh", "--recipe", "stage.json")
     assert slurm.wait_end(job) == "FAILED"
     assert "2 nodes x 8 GPUs: budget.batch_sequences 8 does not divide" in output(checkout, job)
+
+
+# ---- a pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_pipeline_is_jobs_that_wait_for_what_they_read(slurm, stubbed):
+    words = ["--nodes=1", "--gpus-per-node=1", "recipes/miniature.py:pipeline"]
+    said = slurm(stubbed / "slurm" / "pipeline.sh", *words, cwd=stubbed).splitlines()
+    lines = [line for line in said if line.startswith("job ")]
+    jobs = {name: job for job, name, *_ in (line.removeprefix("job ").split("  ") for line in lines)}
+    assert len(jobs) == 19
+    assert slurm.wait_end(jobs["report"], 600) == "COMPLETED"
+    begun = {name: slurm.field(job, "StartTime") for name, job in jobs.items()}
+    ended = {name: slurm.field(job, "EndTime") for name, job in jobs.items()}
+    assert {slurm.state(job) for job in jobs.values()} == {"COMPLETED"}
+    for branch in ("short", "long", "hybrid"):
+        assert ended["train miniature-stable"] <= begun[f"train miniature-decay-{branch}"]
+        assert ended[f"train miniature-decay-{branch}"] <= begun[f"export miniature-decay-{branch}"]
+        assert ended[f"export miniature-decay-{branch}"] <= begun[f"miniature-rl-{branch}"]
+        assert ended[f"miniature-rl-{branch}"] <= begun["evaluate after RL"]
+    assert ended["evaluate before RL"] <= begun["report"]
+
+    again = slurm(stubbed / "slurm" / "pipeline.sh", *words, cwd=stubbed)
+    assert "train miniature-stable" not in again, "what is done is submitted again"
+    assert "miniature-rl-long" not in again
+
+
+def test_a_pipeline_whose_stages_do_not_fit_is_refused(slurm, stubbed):
+    before = slurm("squeue", "-h", "-t", "all")
+    said = slurm(
+        stubbed / "slurm" / "pipeline.sh", "--nodes=3", "recipes/miniature.py:pipeline", check=False, cwd=stubbed
+    )
+    assert "3 nodes x 8 GPUs: budget.batch_sequences 8 does not divide" in said
+    assert slurm("squeue", "-h", "-t", "all") == before
 
 
 # ---- before submission: slurm/submit.sh

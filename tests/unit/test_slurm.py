@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_octo import rundir
+from megatron_octo.config.load import load_recipe
+from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.errors import BadInput
 from megatron_octo.launch import preflight, slurm
-from megatron_octo.launch.slurm import Shape, check_logs, check_shape, job, requested
+from megatron_octo.launch.slurm import Shape, check_logs, check_shape, job, requested, tree
 from tests.conftest import REPOSITORY
 
 
@@ -84,6 +87,32 @@ def test_a_read_only_log_folder_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(slurm.os, "access", lambda path, mode: False)
     with pytest.raises(BadInput, match="log folder slurm/logs cannot be written"):
         check_logs()
+
+
+def test_a_pipeline_is_a_tree_of_jobs():
+    config = load_recipe("recipes/road.py:llama32_3b", PipelineConfig)
+    jobs = {each.name: each for each in tree(config)}
+    branches = [branch.name for branch in config.branches]
+    assert jobs["train llama32-3b-stable-200b"].after == ("import base",)
+    for branch, rl in zip(branches, config.rl, strict=True):
+        assert jobs[f"train {branch}"].after == ("train llama32-3b-stable-200b",)
+        assert jobs[f"export {branch}"].after == (f"train {branch}",)
+        assert jobs[rl.name].after == (f"export {branch}",)
+    assert jobs["evaluate before RL"].after == tuple(f"export {name}" for name in ("llama32-3b-stable-200b", *branches))
+    assert jobs["evaluate after RL"].after == tuple(rl.name for rl in config.rl)
+    assert jobs["report"].after == ("evaluate before RL", "evaluate after RL")
+    for each in jobs.values():
+        assert (REPOSITORY / "slurm" / f"{each.script}.sh").exists()
+
+
+def test_nothing_waits_for_a_job_that_is_done():
+    config = load_recipe("recipes/road.py:llama32_3b", PipelineConfig)
+    for name in ("base/llama32-3b", config.stable.name):
+        rundir.mark_done(rundir.run_folder(name))
+    jobs = {each.name: each for each in tree(config)}
+    assert "import base" not in jobs
+    assert f"train {config.stable.name}" not in jobs
+    assert jobs["train llama32-3b-decay-long"].after == ()
 
 
 @pytest.fixture
