@@ -7,7 +7,6 @@ never reached: `run_job` ends the script itself, so that saving, requeueing and 
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import sys
 import tempfile
@@ -23,7 +22,6 @@ from megatron_octo.console import logger
 from megatron_octo.errors import OctoError
 from megatron_octo.launch.slurm import Job, Shape
 
-HOME = "NEMORUN_HOME"
 SIGNAL = "B:USR1@900"
 POLL_S = 5.0
 OVER = ("done", "stopped", "failed")
@@ -48,10 +46,9 @@ class Target:
 
 def sbatch_text(job: Job, target: Target) -> str:
     """The script that would be submitted. Nothing is left on disk."""
-    real = os.environ.get(HOME) or str(Path.home() / ".nemo_run")
-    with tempfile.TemporaryDirectory() as home, _home(home):
+    with tempfile.TemporaryDirectory() as home, _home(home) as real:
         with _experiment(job, target) as experiment:
-            experiment.dryrun(log=False)
+            experiment.dryrun(log=False, delete_exp_dir=False)
         (script,) = Path(home).rglob("*_sbatch.sh")
         return script.read_text().replace(home, real)
 
@@ -93,9 +90,9 @@ def _experiment(job: Job, target: Target) -> Iterator[Any]:
 
 def _slurm(job: Job, target: Target) -> Any:
     import nemo_run
+    from nemo_run.config import get_nemorun_home
 
-    jobs = str(Path(os.environ.get(HOME) or Path.home() / ".nemo_run") / "experiments")
-    tunnel = nemo_run.LocalTunnel(job_dir=jobs)
+    tunnel = nemo_run.LocalTunnel(job_dir=f"{get_nemorun_home()}/experiments")  # it copies nothing to another one
     if target.host:
         tunnel = nemo_run.SSHTunnel(host=target.host, user=target.user, job_dir=str(target.checkout / "slurm" / "logs"))
     return nemo_run.SlurmExecutor(
@@ -158,17 +155,16 @@ def _starts(job: str) -> Iterator[tuple[int, Path]]:
 
 
 @contextlib.contextmanager
-def _home(folder: str) -> Iterator[None]:
-    """Within the block NeMo-Run keeps its files in `folder`."""
-    before = os.environ.get(HOME)
-    os.environ[HOME] = folder
+def _home(folder: str) -> Iterator[str]:
+    """Within the block NeMo-Run keeps its files in `folder`; yields where it kept them before."""
+    from nemo_run.config import get_nemorun_home, set_nemorun_home
+
+    before = get_nemorun_home()
+    set_nemorun_home(folder)
     try:
-        yield
+        yield before
     finally:
-        if before is None:
-            del os.environ[HOME]
-        else:
-            os.environ[HOME] = before
+        set_nemorun_home(before)
 
 
 def require_nemo_run() -> None:

@@ -100,11 +100,15 @@ run_ranks() {
     fi
     [[ $SIGNAL ]] && requeue "asked to end before the ranks had started"
     say "octo ${ARGV[*]} on ${#HOSTS[@]} nodes, from ${HOSTS[0]} on; output in $LOGS/ranks.txt"
-    "${SRUN[@]}" "${tasks[@]}" --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" "${OCTO[@]}" "${ARGV[@]}" &
+    "${SRUN[@]}" "${tasks[@]}" --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" "${OCTO[@]}" "${ARGV[@]}" \
+        2>"$LOGS/srun.txt" &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done # a trap ends `wait` early
     wait "$srun"
     CODE=$?
+    cat "$LOGS/srun.txt" >&2
+    # srun's own code is the highest: that of ranks that were ended because of the first
+    ((CODE == 0)) || CODE=$(grep -m1 -oP 'Exited with exit code \K\d+' "$LOGS/srun.txt" || echo "$CODE")
 }
 
 make_ray_token() { # whoever lacks it is no client of this job's Ray

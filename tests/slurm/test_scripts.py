@@ -125,11 +125,15 @@ def test_model_branch_nodes_and_overrides_come_from_the_command_line(slurm, stub
     assert said[0][0] == ["train", "recipes/llama31_8b.py:decay_long@h200", "--save.every-steps", "7"]
 
 
-def test_a_stage_that_crashes_without_a_save_is_requeued_twice_and_then_fails(slurm, stubbed):
-    job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_EXIT="1")
+@pytest.mark.parametrize(
+    ("code", "restarts", "why"),
+    [("1", "2", "3 crashes without a save in between"), ("2", "0", "failed: exit code 2")],
+)
+def test_crashes_without_a_save_end_a_job_and_so_does_bad_input_that_ranks_find(slurm, stubbed, code, restarts, why):
+    job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_EXIT=code)
     assert slurm.wait_end(job) == "FAILED"
-    assert slurm.field(job, "Restarts") == "2"
-    assert "3 crashes without a save in between" in output(stubbed, job)
+    assert slurm.field(job, "Restarts") == restarts
+    assert why in output(stubbed, job)
 
 
 def test_a_node_that_fails_the_preflight_is_left_out(slurm, stubbed):
