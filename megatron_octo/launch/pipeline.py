@@ -15,6 +15,7 @@ from megatron_octo import console, rundir, stage_log
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.evaluate import EvaluateConfig
 from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.config.rl import RLConfig
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.data.prepare import check_output
 from megatron_octo.errors import BadInput, OctoError
@@ -71,17 +72,33 @@ def run_pipeline(config: PipelineConfig) -> None:
         OctoError: a stage failed; running the pipeline again goes on from there.
     """
     folder = rundir.run_folder(config.name)
-    rundir.check_config(folder, to_dict(config), fix="use another OCTO_RUNS, or the settings of the folder")
-    check_inputs(config)
-    _check_outputs(config)
+    check(config)
     with rundir.lock(folder), terminate_as_interrupt():
-        rundir.claim(folder, to_dict(config))
-        for each in (config.stable, *config.branches):
-            rundir.write_json(_stage_file(config, each), to_dict(each))
+        write_settings(config)
         todo = list(stages(config))
         for number, stage in enumerate(todo, 1):
             _run_stage(stage, f"[{number}/{len(todo)}] {stage.name}", folder)
         _show_costs(folder)
+
+
+def check(config: PipelineConfig) -> None:
+    """Refuse a pipeline that could not come to its end; reads only.
+
+    Raises:
+        BadInput: its folder or a stage's is another's, a stage's input is missing, or stages do not fit together.
+    """
+    folder = rundir.run_folder(config.name)
+    rundir.check_config(folder, to_dict(config), fix="use another OCTO_RUNS, or the settings of the folder")
+    check_inputs(config)
+    _check_outputs(config)
+
+
+def write_settings(config: PipelineConfig) -> None:
+    """Write the pipeline's settings, and those of each run, where `stages` says that they are."""
+    rundir.claim(rundir.run_folder(config.name), to_dict(config))
+    runs: tuple[MidTrainConfig | RLConfig, ...] = (config.stable, *config.branches, *config.rl)
+    for each in runs:
+        rundir.write_json(stage_file(config, each), to_dict(each))
 
 
 def check_inputs(config: PipelineConfig) -> None:
@@ -185,7 +202,7 @@ def _wait_until_free(folder: Path) -> None:
 
 def _train_and_export(config: PipelineConfig, stage: MidTrainConfig) -> Iterator[Stage]:
     run_folder = rundir.run_folder(stage.name)
-    settings = str(_stage_file(config, stage))
+    settings = str(stage_file(config, stage))
     argv = ("train", settings, "--ranks", str(config.train_ranks))
     yield Stage(name=f"train {stage.name}", argv=argv, outputs=(run_folder,))
     export = run_folder / "hf" / f"step_{stage.num_steps:08d}"
@@ -236,5 +253,6 @@ def _settings_file(config: PipelineConfig) -> Path:
     return rundir.run_folder(config.name) / "config.json"
 
 
-def _stage_file(config: PipelineConfig, stage: MidTrainConfig) -> Path:
+def stage_file(config: PipelineConfig, stage: MidTrainConfig | RLConfig) -> Path:
+    """Where the settings of a pipeline's run are."""
     return rundir.run_folder(config.name) / "stages" / f"{stage.name}.json"

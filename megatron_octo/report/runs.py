@@ -17,6 +17,7 @@ from megatron_octo.budget.ledger import FILE as LEDGER
 from megatron_octo.console import duration
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.lineage import Lineage
+from megatron_octo.report.jobs import JobStatus, last_job
 from megatron_octo.report.load import METRICS
 from megatron_octo.train.state import FILE as STATE
 from megatron_octo.train.state import latest_save, saved_steps
@@ -47,6 +48,8 @@ class RunStatus:
     """Of its last weights; of a new one, of those that it starts from."""
     model: Path | None
     """Of RL: the folder of the model that it starts from."""
+    job: JobStatus | None = None
+    """Its last Slurm job."""
     fault: str = ""
     """Of a broken one, of which nothing else is known: which file cannot be read, and why."""
 
@@ -61,7 +64,8 @@ class RunStatus:
             "done": "done",
             "broken": f"broken: {self.fault}",
         }
-        return words[self.state]
+        job = f"; {self.job.describe()}" if self.job and self.state != "done" else ""
+        return f"{words[self.state]}{job}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -175,6 +179,7 @@ def _training(folder: Path, config: Mapping[str, Any]) -> RunStatus:
         eta_s=_eta_s(rows, num_steps) if state == "running" else None,
         descent=lineage.read_if_present(folder),
         model=None,
+        job=last_job(folder),
     )
 
 
@@ -194,6 +199,7 @@ def _rl(folder: Path, config: Mapping[str, Any]) -> RunStatus:
         eta_s=_eta_s(rows, config["num_steps"]) if state == "running" else None,
         descent=lineage.read_if_present(folder / "hf"),
         model=Path(config["model"]),
+        job=last_job(folder),
     )
 
 

@@ -66,7 +66,9 @@ class Saver:
         """
         if self._is_source:
             minutes = self._config.save.every_minutes
-            self._asked_stop |= take_file(self._run / STOP_FILE)
+            if take_file(self._run / STOP_FILE):
+                self._asked_stop = True
+                logger(__name__).info("found %s: a last save, and the end", self._run / STOP_FILE)
             self._asked_save |= take_file(self._run / SAVE_FILE) or (
                 minutes is not None and time.monotonic() - self._last_s >= 60 * minutes
             )

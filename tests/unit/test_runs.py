@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from megatron_octo import lineage, rundir
 from megatron_octo.cli.runs import main
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.errors import BadInput
+from megatron_octo.report.jobs import last_job
 from megatron_octo.report.runs import find_run, forest, ledger, read_run, read_runs, saves
 from megatron_octo.train.state import TrainState
 from tests import finished_runs
@@ -145,3 +147,35 @@ def test_nothing_is_written_and_no_torch_is_loaded(pipeline, runs):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[: done.stdout.index("\n]") + 2])[0]["name"] == "miniature-decay-hybrid"
     assert snapshot(runs) == before
+
+
+@pytest.mark.parametrize(
+    ("said", "squeue", "words"),
+    [
+        (
+            "failed exit code 1: octo train: CUDA error",
+            "",
+            "job 12, start 3 failed: exit code 1: octo train: CUDA error",
+        ),
+        ("stopped by a STOP file", "RUNNING", "job 12, start 3 stopped: by a STOP file"),
+        ("requeued saved in time", "PENDING", "job 12, start 3 pending: saved in time"),
+        ("requeued saved in time", "", "job 12, start 3 requeued: saved in time"),
+        ("running", "RUNNING", "job 12, start 3 running"),
+        ("running", "", "job 12, start 3 lost"),
+    ],
+)
+def test_a_run_is_listed_with_its_last_job(runs, monkeypatch, said, squeue, words):
+    folder = runs / "stable"
+    for start, state in (("9.4", "failed earlier"), ("12.0", "requeued"), ("12.2", said)):
+        (runs / "slurm" / start).mkdir(parents=True)
+        (runs / "slurm" / start / "run").write_text(f"{folder}\n")
+        (runs / "slurm" / start / "state").write_text(state)
+    program = runs / "bin" / "squeue"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho {squeue}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    job = last_job(folder)
+    assert job
+    assert job.describe() == words
+    assert last_job(runs / "other") is None

@@ -1,0 +1,67 @@
+"""`octo launch RECIPE --on slurm|local`: one stage through NeMo-Run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_octo import console
+from megatron_octo.cli.options import at_least_one, parse_recipe, recipe_parser
+from megatron_octo.config.load import load_recipe
+from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.train import MidTrainConfig
+from megatron_octo.errors import BadInput
+from megatron_octo.launch.slurm import Job, Shape, check_logs, check_shape
+
+KINDS: tuple[type[MidTrainConfig | RLConfig], ...] = (MidTrainConfig, RLConfig)
+SITE = Path("slurm/site.sh")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    options = recipe_parser("launch", "Launch a training or RL run through NeMo-Run (an extra), here or on Slurm.")
+    options.add_argument("--on", choices=("slurm", "local"), required=True, help="where")
+    options.add_argument("--nodes", type=at_least_one, help="on Slurm: nodes (default: 8)")
+    options.add_argument("--gpus-per-node", type=at_least_one, help="ranks of a node (on Slurm 8, here 1)")
+    options.add_argument("--time", default="24:00:00", help="on Slurm: the time limit of each start (24:00:00)")
+    options.add_argument("--account", default="", help="on Slurm")
+    options.add_argument("--partition", help="on Slurm")
+    options.add_argument("--host", default="", help="on Slurm: a login node to submit from, by ssh")
+    options.add_argument("--user", default="", help="whose account that is")
+    options.add_argument("--checkout", type=Path, default=Path.cwd(), help="the repository's folder there (this one)")
+    options.add_argument("--wait", action="store_true", help="on Slurm: follow the job; exit as it does")
+    options.add_argument("--dry-run", action="store_true", help="print what would be submitted; touch nothing")
+    own, overrides = parse_recipe(options, argv, KINDS)
+    config = load_recipe(own.recipe, KINDS, overrides, command="octo launch")
+    command = "rl" if isinstance(config, RLConfig) else "train"
+    job = Job(argv=(command, own.recipe, *overrides), config=config)
+    default = Shape(nodes=8, gpus_per_node=8) if own.on == "slurm" else Shape(nodes=1, gpus_per_node=1)
+    nodes = own.nodes or (default.nodes if command == "train" else 1)
+    shape = Shape(nodes=nodes, gpus_per_node=own.gpus_per_node or default.gpus_per_node)
+    arithmetic = check_shape(config, shape)
+    console.logger(__name__).info("%s", arithmetic)
+    from megatron_octo.launch import nemo
+
+    nemo.require_nemo_run()
+    settings = {name: getattr(own, name) for name in ("on", "time", "account", "partition", "host", "user", "checkout")}
+    target = nemo.Target(shape=shape, **settings)
+    if own.dry_run:
+        console.emit(nemo.sbatch_text(job, target) if own.on == "slurm" else f"octo {' '.join(job.argv)}")
+        return
+    if own.on == "slurm" and not own.host:
+        _check_here()
+    console.emit(nemo.launch(job, target, wait=own.wait))
+
+
+def _check_here() -> None:
+    """Refuse to submit from a machine that cannot.
+
+    Raises:
+        BadInput: there is no Slurm, no site file, or no room for logs.
+    """
+    if shutil.which("sbatch") is None:
+        raise BadInput("no Slurm here: sbatch is not on PATH", fix="run this on a login node, or name one by --host")
+    if not SITE.is_file():
+        raise BadInput(f"no site file {SITE}", fix=f"copy one of slurm/sites/ to {SITE} and fill it in")
+    check_logs()

@@ -1,0 +1,109 @@
+"""`octo slurm check | plan | tree | preflight`: what slurm/*.sh ask before, and at the start of, a job."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_octo import console, rundir
+from megatron_octo.cli.options import parser
+from megatron_octo.config.base import to_dict
+from megatron_octo.config.load import load_recipe
+from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.config.train import MidTrainConfig
+from megatron_octo.errors import BadInput, OctoError
+from megatron_octo.launch.pipeline import check, write_settings
+from megatron_octo.launch.preflight import faults, node_name
+from megatron_octo.launch.slurm import Job, Shape, check_logs, check_shape, job, requested, tree
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    options = parser("slurm", "What slurm/*.sh ask. `sbatch slurm/NAME.sh` needs none of these by hand.")
+    commands = options.add_subparsers(dest="command", required=True, metavar="check | plan | tree | preflight")
+    before = commands.add_parser("check", help="would `sbatch OPTIONS slurm/NAME.sh ARGUMENTS` fit? submits nothing")
+    before.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] slurm/NAME.sh [ARGUMENTS]")
+    before.set_defaults(run=_check)
+    plan = commands.add_parser("plan", help="what a job runs; refuses settings and inputs that are wrong")
+    plan.add_argument("--nodes", type=int, required=True)
+    plan.add_argument("--gpus-per-node", type=int, required=True)
+    plan.add_argument("--records", type=Path, required=True, help="folder for argv, run, plan.txt and config.json")
+    plan.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME [ARGUMENTS]")
+    plan.set_defaults(run=_plan)
+    pipeline = commands.add_parser("tree", help="the jobs of a pipeline, a line each: name, after, script, arguments")
+    pipeline.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] RECIPE")
+    pipeline.set_defaults(run=_tree)
+    preflight = commands.add_parser("preflight", help="is this node fit? prints `NODE ok` or `NODE bad: why`")
+    preflight.add_argument("--gpus", type=int, default=0, help="GPUs that it must have")
+    preflight.add_argument("--clock", type=float, help="the time on the first node, seconds since 1970")
+    preflight.add_argument("--command", default="", help="a check of the site's own")
+    preflight.set_defaults(run=_preflight)
+    own = options.parse_args(argv)
+    own.run(own)
+
+
+def _check(own: argparse.Namespace) -> None:
+    words = own.words[1:] if own.words[:1] == ["--"] else own.words
+    at = next((n for n, word in enumerate(words) if word.endswith(".sh")), None)
+    if at is None:
+        raise BadInput(
+            f"no script in {' '.join(words)!r}", fix="give sbatch's options, slurm/NAME.sh and its arguments"
+        )
+    options, script, args = words[:at], Path(words[at]), words[at + 1 :]
+    shape = requested(options, script)
+    found = job(script.stem, args)
+    console.logger(__name__).info("%s\n%s", script, check_shape(found.config, shape))
+    check_logs()
+
+
+def _tree(own: argparse.Namespace) -> None:
+    *options, recipe = own.words[1:] if own.words[:1] == ["--"] else own.words
+    config = load_recipe(recipe, PipelineConfig, command="slurm/pipeline.sh")
+    for stage in (config.stable, *config.branches):
+        check_shape(stage, requested(options, Path("slurm/stable_200b.sh")))
+    check_logs()
+    check(config)
+    write_settings(config)
+    for each in tree(config):
+        console.emit("\t".join((each.name, ",".join(each.after) or "-", each.script, *each.args)))
+
+
+def _plan(own: argparse.Namespace) -> None:
+    script, *args = own.words
+    shape = Shape(nodes=own.nodes, gpus_per_node=own.gpus_per_node)
+    found = job(script, args)
+    arithmetic = check_shape(found.config, shape)
+    console.logger(__name__).info("octo %s\n%s", " ".join(found.argv), arithmetic)
+    _check_inputs(found, shape)
+    rundir.write_atomic(own.records / "plan.txt", arithmetic + "\n")
+    if found.config:
+        rundir.write_json(own.records / "config.json", to_dict(found.config))
+    rundir.write_atomic(own.records / "run", f"{found.run.absolute()}\n" if found.run else "")
+    rundir.write_atomic(own.records / "argv", "".join(f"{arg}\n" for arg in found.argv))
+
+
+def _check_inputs(found: Job, shape: Shape) -> None:
+    """Refuse what the tasks would refuse one and all; of commands other than training that is their dry run.
+
+    Raises:
+        BadInput: so it is.
+    """
+    if isinstance(found.config, MidTrainConfig):
+        from megatron_octo.train import run
+
+        if not run.finished(found.config):
+            run.check(found.config, shape.ranks)
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        importlib.import_module(f"megatron_octo.cli.{found.argv[0]}").main([*found.argv[1:], "--dry-run"])
+
+
+def _preflight(own: argparse.Namespace) -> None:
+    found = faults(num_gpus=own.gpus, runs=rundir.runs_root(), clock_s=own.clock, command=own.command)
+    console.emit(f"{node_name()} {'bad: ' + '; '.join(found) if found else 'ok'}")
+    if found:
+        raise OctoError(f"node {node_name()} is not fit: {'; '.join(found)}", fix="leave it out: sbatch --exclude")

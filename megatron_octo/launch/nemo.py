@@ -1,0 +1,182 @@
+"""A stage through NeMo-Run: as processes here, or as the Slurm job that slurm/lib/job.sh makes of it.
+
+The only importer of nemo_run, which is an extra. What NeMo-Run writes around the job (its own srun, its retries) is
+never reached: `run_job` ends the script itself, so that saving, requeueing and preflights exist once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_octo import rundir
+from megatron_octo.config.rl import RLConfig
+from megatron_octo.console import logger
+from megatron_octo.errors import OctoError
+from megatron_octo.launch.slurm import Job, Shape
+
+SIGNAL = "B:USR1@900"
+POLL_S = 5.0
+OVER = ("done", "stopped", "failed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where to launch."""
+
+    on: Literal["slurm", "local"]
+    shape: Shape
+    time: str = "24:00:00"
+    account: str = ""
+    partition: str | None = None
+    host: str = ""
+    """A login node to reach by ssh; empty submits from here."""
+    user: str = ""
+    """Whose account that is there."""
+    checkout: Path
+    """The repository's folder, on that side."""
+
+
+def sbatch_text(job: Job, target: Target) -> str:
+    """The script that would be submitted. Nothing is left on disk."""
+    with tempfile.TemporaryDirectory() as home, _home(home) as real:
+        with _experiment(job, target) as experiment:
+            experiment.dryrun(log=False, delete_exp_dir=False)
+        (script,) = Path(home).rglob("*_sbatch.sh")
+        return script.read_text().replace(home, real)
+
+
+def launch(job: Job, target: Target, *, wait: bool) -> str:
+    """Start the job; returns what to call it. With `wait`, or locally, follow it to its end.
+
+    Raises:
+        OctoError: it failed. NeMo-Run itself would exit with 0.
+    """
+    with _experiment(job, target) as experiment:
+        experiment.run(detach=target.on == "slurm", tail_logs=target.on == "local")
+    if target.on == "local":
+        states = {name: str(each["status"]) for name, each in experiment.status(return_dict=True).items()}
+        if failed := {name: state for name, state in states.items() if "SUCCEEDED" not in state}:
+            raise OctoError(f"not all jobs succeeded: {failed}", fix="the output above says why")
+        return ", ".join(states)
+    name = experiment.jobs[0].handle.rpartition("/")[2]
+    if wait:
+        _follow(name)
+    return f"job {name}"
+
+
+@contextlib.contextmanager
+def _experiment(job: Job, target: Target) -> Iterator[Any]:
+    """NeMo-Run's experiment, with the job as its one task. What it prints goes to stderr."""
+    import nemo_run
+
+    if target.on == "slurm":
+        task, executor = nemo_run.Script(inline=":"), _slurm(job, target)  # the script is never reached
+    else:
+        ranks = ["--ranks", str(target.shape.ranks)] if job.argv[0] == "train" else []
+        command = shlex.join([sys.executable, "-m", "megatron_octo", *job.argv, *ranks])
+        task, executor = nemo_run.Script(inline=command), nemo_run.LocalExecutor()
+    with contextlib.redirect_stdout(sys.stderr), nemo_run.Experiment(_name(job)) as experiment:
+        experiment.add(task, executor=executor, name=_name(job))
+        yield experiment
+
+
+def _slurm(job: Job, target: Target) -> Any:
+    import nemo_run
+    from nemo_run.config import get_nemorun_home
+
+    tunnel = nemo_run.LocalTunnel(job_dir=f"{get_nemorun_home()}/experiments")  # it copies nothing to another one
+    if target.host:
+        tunnel = nemo_run.SSHTunnel(host=target.host, user=target.user, job_dir=str(target.checkout / "slurm" / "logs"))
+    return nemo_run.SlurmExecutor(
+        account=target.account,
+        partition=target.partition,
+        time=target.time,
+        nodes=target.shape.nodes,
+        ntasks_per_node=1,  # of the script that NeMo-Run starts; ours starts a rank a GPU
+        gpus_per_node=target.shape.gpus_per_node,
+        exclusive=True,
+        mem="0",
+        signal=SIGNAL,
+        additional_parameters={"requeue": True},
+        setup_lines=_payload(job, target),
+        tunnel=tunnel,
+        packager=nemo_run.Packager(),
+    )
+
+
+def _payload(job: Job, target: Target) -> str:
+    """The lines of slurm/*.sh below their directives."""
+    script = "rl" if isinstance(job.config, RLConfig) else "stable_200b"
+    recipe, *overrides = job.argv[1:]
+    return "\n".join(
+        (
+            "set +evx  # a trace would print what is secret",
+            f"export OCTO_HOME={shlex.quote(str(target.checkout))}",
+            'source "$OCTO_HOME/slurm/lib/job.sh"',
+            f"run_job {script} --recipe {shlex.join([recipe, *overrides])}",
+        )
+    )
+
+
+def _name(job: Job) -> str:
+    assert job.config
+    return job.config.name
+
+
+def _follow(job: str) -> None:
+    """Wait for the end that the job itself writes down: requeued and started again it is the same job."""
+    last = ""
+    while True:
+        starts = sorted(_starts(job))
+        words = starts[-1][1].read_text().strip() if starts else "pending"
+        if words != last:
+            logger(__name__).info("job %s: %s", job, words)
+            last = words
+        state, _, reason = words.partition(" ")
+        if state == "failed":
+            raise OctoError(f"job {job} failed: {reason}", fix=f"{starts[-1][1].parent} has its records")
+        if state in OVER:
+            return
+        time.sleep(POLL_S)
+
+
+def _starts(job: str) -> Iterator[tuple[int, Path]]:
+    """(restart, state file) of a job's starts."""
+    for file in (rundir.runs_root() / "slurm").glob(f"{job}.*/state"):
+        yield int(file.parent.name.partition(".")[2]), file
+
+
+@contextlib.contextmanager
+def _home(folder: str) -> Iterator[str]:
+    """Within the block NeMo-Run keeps its files in `folder`; yields where it kept them before."""
+    from nemo_run.config import get_nemorun_home, set_nemorun_home
+
+    before = get_nemorun_home()
+    set_nemorun_home(folder)
+    try:
+        yield before
+    finally:
+        set_nemorun_home(before)
+
+
+def require_nemo_run() -> None:
+    """Refuse to go on without NeMo-Run.
+
+    Raises:
+        OctoError: it is not installed, or what it needs is.
+    """
+    try:
+        import nemo_run  # noqa: F401
+    except ImportError as error:
+        raise OctoError(
+            f"nemo-run cannot be imported: {error}",
+            fix="pip install 'megatron_octo[launch]'; without it `sbatch slurm/stable_200b.sh` does the same",
+        ) from error

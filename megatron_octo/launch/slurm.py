@@ -1,0 +1,250 @@
+"""What slurm/*.sh ask of Python: which `octo` command a job stands for, and whether the allocation fits it.
+
+The scripts keep to what needs the batch system; nothing here talks to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_octo import rundir
+from megatron_octo.config.load import load_recipe
+from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.train import MidTrainConfig
+from megatron_octo.errors import BadInput
+from megatron_octo.launch.pipeline import Stage, stage_file, stages
+
+MODEL = "llama32_3b"
+RECIPES = Path("recipes")
+RL_RECIPES = RECIPES / "rl_zero.py"
+LOGS = Path("slurm/logs")
+LEAST_FREE_BYTES = 1 << 30  # for what Slurm and the ranks print
+MOST_NODES = 1024  # among which a number that fits is looked for
+COMMANDS: Mapping[str, tuple[str, ...]] = {
+    "prepare_data": ("data",),
+    "convert": ("convert",),
+    "evaluate": ("evaluate",),
+    "report": ("report",),
+}
+"""Scripts whose arguments are those of an `octo` command."""
+USAGE = {
+    "stable_200b": "stable_200b.sh [--model MODEL[@GPU] | --recipe RECIPE] [OVERRIDES]",
+    "decay_20b": "decay_20b.sh BRANCH [--model MODEL[@GPU]] [OVERRIDES], or decay_20b.sh --recipe RECIPE [OVERRIDES]",
+    "rl": "rl.sh BRANCH [--model MODEL] [OVERRIDES], or rl.sh --recipe RECIPE [OVERRIDES]",
+    **{script: f"{script}.sh, then what `octo {' '.join(command)}` takes" for script, command in COMMANDS.items()},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """An allocation."""
+
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def ranks(self) -> int:
+        """One a GPU."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the tasks of a job run."""
+
+    argv: tuple[str, ...]
+    """The arguments of `octo`."""
+    config: MidTrainConfig | RLConfig | None = None
+    """The settings, overrides applied, where the job is one run."""
+
+    @property
+    def run(self) -> Path | None:
+        """The run's folder: it holds DONE, STOP and saves."""
+        match self.config:
+            case MidTrainConfig():
+                return rundir.run_folder(self.config.name)
+            case RLConfig():
+                return self.config.output
+        return None
+
+
+def job(script: str, args: Sequence[str]) -> Job:
+    """The job that `slurm/SCRIPT.sh ARGS` stands for.
+
+    Raises:
+        BadInput: no such script, branch, model or setting.
+    """
+    if script not in USAGE:
+        raise BadInput(f"no script slurm/{script}.sh", fix=f"there are: {', '.join(USAGE)}")
+    if script in COMMANDS:
+        return Job(argv=(*COMMANDS[script], *args))
+    spec, overrides = _recipe(script, args)
+    if script == "rl":
+        return Job(argv=("rl", spec, *overrides), config=load_recipe(spec, RLConfig, overrides, command="octo rl"))
+    config = load_recipe(spec, MidTrainConfig, overrides, command="octo train")
+    return Job(argv=("train", spec, *overrides), config=config)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeJob:
+    """A job of a pipeline."""
+
+    name: str
+    after: tuple[str, ...]
+    """Jobs that must have succeeded."""
+    script: str
+    args: tuple[str, ...]
+
+
+def tree(config: PipelineConfig) -> list[TreeJob]:
+    """What is not DONE of a pipeline as jobs, each after those that it needs. `write_settings` writes what they read.
+
+    Stages up to the stable run are a chain; branches part there, each with its export and its RL.
+    """
+    exports = {f"train {each.name}": f"export {each.name}" for each in (config.stable, *config.branches)}
+    rl = tuple(each.name for each in config.rl)
+    last, jobs = "", []
+    for stage in stages(config):
+        if stage.name == "reinforcement learning":
+            jobs += [_rl_job(config, each, exports) for each in config.rl if not rundir.is_done(each.output)]
+            continue
+        before: tuple[str, ...] = (last,)
+        match stage.argv[0]:
+            case "convert" if stage.name.startswith("export"):
+                before = (next(train for train, export in exports.items() if export == stage.name),)
+            case "train" if stage.name != f"train {config.stable.name}":
+                before = (f"train {config.stable.name}",)
+            case "evaluate":
+                before = tuple(exports.values()) if stage.argv[-1] == "before" else rl
+            case "report":
+                before = ("evaluate before RL", *(("evaluate after RL",) if config.evaluate_after else rl))
+            case _:
+                last = stage.name
+        if not stage.done:
+            jobs.append(TreeJob(name=stage.name, after=before, **_script(config, stage)))
+    left = {each.name for each in jobs}
+    return [replace(each, after=tuple(name for name in each.after if name in left)) for each in jobs]
+
+
+def _script(config: PipelineConfig, stage: Stage) -> dict[str, Any]:
+    command, *args = stage.argv
+    if command == "train":
+        script = "stable_200b" if stage.name == f"train {config.stable.name}" else "decay_20b"
+        return {"script": script, "args": ("--recipe", args[0])}
+    return {"script": {"data": "prepare_data"}.get(command, command), "args": tuple(args)}
+
+
+def _rl_job(config: PipelineConfig, run: RLConfig, exports: Mapping[str, str]) -> TreeJob:
+    made_of = (name.removeprefix("train ") for name in exports)
+    parent = next((name for name in made_of if rundir.run_folder(name) in run.model.parents), "")
+    settings = str(stage_file(config, run))
+    return TreeJob(name=run.name, after=(f"export {parent}",), script="rl", args=("--recipe", settings))
+
+
+def check_shape(config: MidTrainConfig | RLConfig | None, shape: Shape) -> str:
+    """Refuse an allocation that the settings do not fit; returns the arithmetic.
+
+    Raises:
+        BadInput: so it is; the fix names a number of nodes that fits.
+    """
+    allocation = f"nodes   {shape.nodes} x {shape.gpus_per_node} GPUs = {shape.ranks} ranks"
+    match config:
+        case MidTrainConfig():
+            return f"{allocation}\n{_train_plan(config, shape)}"
+        case RLConfig() if config.num_gpus > shape.ranks:
+            raise BadInput(
+                f"{config.name} asks for num_gpus {config.num_gpus}, and the job has {shape.nodes} nodes x "
+                f"{shape.gpus_per_node} GPUs = {shape.ranks}",
+                fix=f"sbatch --gpus-per-node={config.num_gpus}, or --num-gpus {shape.ranks}",
+            )
+    return allocation
+
+
+def requested(options: Sequence[str], script: Path) -> Shape:
+    """The allocation that `sbatch OPTIONS SCRIPT` asks for, by its options, else by the script's directives.
+
+    Raises:
+        BadInput: there is no such script.
+    """
+    if not script.is_file():
+        raise BadInput(f"no such script: {script}", fix="run it in the repository's folder, as slurm/NAME.sh")
+    lines = [line.removeprefix("#SBATCH") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    sbatch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sbatch.add_argument("-N", "--nodes", default="1")
+    sbatch.add_argument("--gpus-per-node", default="0")
+    asked, _ = sbatch.parse_known_args([*shlex.split(" ".join(lines), comments=True), *options])
+    try:
+        return Shape(nodes=int(asked.nodes), gpus_per_node=int(re.sub(r"^.*:", "", asked.gpus_per_node)))
+    except ValueError:
+        raise BadInput(
+            f"--nodes={asked.nodes} --gpus-per-node={asked.gpus_per_node}: not two numbers",
+            fix="give one number of nodes and one of GPUs: the recipe is checked against them",
+        ) from None
+
+
+def check_logs() -> None:
+    """Refuse to submit where the job could not write what it says.
+
+    Raises:
+        BadInput: a log folder is missing, read-only or full.
+    """
+    for folder in (LOGS, rundir.runs_root()):
+        there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK) or (folder == LOGS and there != folder.absolute()):
+            raise BadInput(
+                f"log folder {folder} cannot be written",
+                fix="make it, or its parent, yours to write; OCTO_RUNS names another root for runs",
+            )
+        if (free := shutil.disk_usage(there).free) < LEAST_FREE_BYTES:
+            raise BadInput(
+                f"log folder {folder}: {free:,} bytes are left on its disk",
+                fix="free at least 1 GiB there, or let OCTO_RUNS name another disk",
+            )
+
+
+def _recipe(script: str, args: Sequence[str]) -> tuple[str, list[str]]:
+    """(the recipe, its overrides)"""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--model", default=MODEL)
+    own.add_argument("--recipe")
+    has_branch = script != "stable_200b" and bool(args) and not args[0].startswith("-")
+    found, overrides = own.parse_known_args(args[1:] if has_branch else args)
+    if found.recipe:
+        if has_branch:
+            raise BadInput(f"branch {args[0]} and --recipe {found.recipe}", fix="give one of them")
+        return found.recipe, overrides
+    model, at, gpu = found.model.partition("@")
+    if script == "stable_200b":
+        return f"{RECIPES / model}.py:stable_200b{at}{gpu}", overrides
+    if not has_branch:
+        raise BadInput(f"{script}.sh: which branch?", fix=f"slurm/{USAGE[script]}; branches are short, long and hybrid")
+    if script == "rl":
+        return f"{RL_RECIPES}:{model}_{args[0]}", overrides
+    return f"{RECIPES / model}.py:decay_{args[0]}{at}{gpu}", overrides
+
+
+def _train_plan(config: MidTrainConfig, shape: Shape) -> str:
+    try:
+        return config.resolve(shape.ranks).arithmetic(config)
+    except BadInput as error:
+        fitting = [n for n in range(1, MOST_NODES + 1) if _fits(config, n * shape.gpus_per_node)]
+        near = sorted(fitting, key=lambda n: abs(n - shape.nodes))[:2]
+        fix = f"sbatch --nodes={' or --nodes='.join(map(str, sorted(near)))}, or {error.fix}" if near else error.fix
+        raise BadInput(f"{shape.nodes} nodes x {shape.gpus_per_node} GPUs: {error.what}", fix=fix) from None
+
+
+def _fits(config: MidTrainConfig, ranks: int) -> bool:
+    try:
+        config.resolve(ranks)
+    except BadInput:
+        return False
+    return True

@@ -1,0 +1,168 @@
+# shellcheck shell=bash
+# What a job of slurm/*.sh does inside its allocation: `run_job NAME ARGUMENTS`, called after the directives.
+#
+#   records  what was run, where and from which code      $OCTO_RUNS/slurm/JOB.RESTART/
+#   plan     the `octo` command, checked against the allocation before anything runs
+#   preflight  a check of each node; a bad one is left out and the job requeued
+#   ranks    one a GPU for training, else one task; they meet at the first node
+#   end      done, stopped, failed, or requeued: never again for bad input, nor after OCTO_TRIES crashes without a save
+#
+# Exit codes are looked at one by one: `set -e` does not go with traps and `wait`.
+set -uo pipefail
+
+RESTART=${SLURM_RESTART_COUNT:-0}
+GPUS=${SLURM_GPUS_PER_NODE-0} GPUS=${GPUS##*:} # `--exclusive` grants all that a node has, but this many were asked for
+SIGNAL=''      # the last one that asked this job to end
+PASSED_ON=TERM # what its tasks are told then
+
+say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID.$RESTART: $*" >&2; }
+
+finish() { # STATE EXIT_CODE REASON...
+    say "$1: ${*:3}"
+    echo "$1 ${*:3}" >"$LOGS/state"
+    exit "$2"
+}
+
+run_job() { # NAME [ARGUMENTS]
+    cd "${OCTO_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
+    source slurm/lib/site.sh
+    trap 'asked USR1' USR1
+    trap 'asked TERM' TERM
+    keep_records
+    make_plan "$@"
+    [[ $RUN && -e $RUN/DONE ]] && finish "done" 0 "$RUN was done already"
+    [[ $RUN && -e $RUN/STOP ]] && rm -f "$RUN/STOP" && finish stopped 0 "$RUN had a STOP file"
+    check_nodes
+    run_ranks
+    end_job
+}
+
+asked() { # SIGNAL
+    SIGNAL=$1
+    say "SIG$1: the tasks are asked to save and to end"
+    scancel --signal="$PASSED_ON" "$SLURM_JOB_ID" 2>/dev/null # steps only, not this script
+}
+
+keep_records() {
+    LOGS=$OCTO_RUNS/slurm/$SLURM_JOB_ID.$RESTART
+    if ! mkdir -p "$LOGS" || ! echo running >"$LOGS/state"; then
+        echo "log folder $LOGS cannot be written
+  fix: let OCTO_RUNS, in the site file, name a folder with room that is yours to write" >&2
+        exit 2
+    fi
+    mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    printf '%s\n' "${HOSTS[@]}" >"$LOGS/hosts"
+    scontrol show job "$SLURM_JOB_ID" >"$LOGS/job.txt"
+    cp "$0" "$LOGS/batch.sh"
+    { git rev-parse HEAD && git status --short; } >"$LOGS/code.txt" 2>/dev/null
+    git diff HEAD >"$LOGS/code.diff" 2>/dev/null
+    compgen -e >"$LOGS/environment.txt" # names only: values may be secrets
+}
+
+one_task() { # COMMAND...
+    "${SRUN[@]}" --nodes=1 --ntasks=1 "$@"
+}
+
+make_plan() { # NAME [ARGUMENTS]
+    local code
+    one_task "${OCTO[@]}" slurm plan --nodes "$SLURM_JOB_NUM_NODES" --gpus-per-node "$GPUS" \
+        --records "$LOGS" "$@" 2>&1 | tee "$LOGS/plan.log" >&2
+    code=${PIPESTATUS[0]}
+    ((code == 0)) || finish failed "$code" "$(reason "$LOGS/plan.log")"
+    mapfile -t ARGV <"$LOGS/argv"
+    RUN=$(<"$LOGS/run")
+}
+
+check_nodes() {
+    local bad
+    "${SRUN[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --time=20 \
+        --output="$LOGS/preflight.txt" "${OCTO[@]}" slurm preflight --gpus "$GPUS" \
+        --clock "$(date +%s.%N)" --command "$OCTO_PREFLIGHT"
+    # a node that said nothing is bad too
+    bad=$(comm -23 <(sort "$LOGS/hosts") <(sed -n 's/ ok$//p' "$LOGS/preflight.txt" | sort) | paste -sd,)
+    [[ $bad ]] || return 0
+    if [[ $bad == "$(sort "$LOGS/hosts" | paste -sd,)" ]]; then
+        finish failed 1 "no node passed the preflight: $(grep -m1 ' bad: ' "$LOGS/preflight.txt")"
+    fi
+    say "$(grep ' bad: ' "$LOGS/preflight.txt")"
+    requeue_without "$bad"
+}
+
+run_ranks() {
+    local tasks=(--nodes=1 --ntasks=1) srun
+    MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+    export MASTER_ADDR MASTER_PORT
+    [[ ${ARGV[0]} == rl ]] && make_ray_token
+    if [[ ${ARGV[0]} == train ]]; then
+        PASSED_ON=USR1 # of TERM srun would make an end in 30 s
+        tasks=(--ntasks=$((${#HOSTS[@]} * GPUS)) --ntasks-per-node="$GPUS")
+        tasks+=(--cpus-per-task=$((SLURM_CPUS_ON_NODE / GPUS)))
+    fi
+    [[ $SIGNAL ]] && requeue "asked to end before the ranks had started"
+    say "octo ${ARGV[*]} on ${#HOSTS[@]} nodes, from ${HOSTS[0]} on; output in $LOGS/ranks.txt"
+    "${SRUN[@]}" "${tasks[@]}" --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" "${OCTO[@]}" "${ARGV[@]}" \
+        2>"$LOGS/srun.txt" &
+    srun=$!
+    while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done # a trap ends `wait` early
+    wait "$srun"
+    CODE=$?
+    cat "$LOGS/srun.txt" >&2
+    # srun's own code is the highest: that of ranks that were ended because of the first
+    ((CODE == 0)) || CODE=$(grep -m1 -oP 'Exited with exit code \K\d+' "$LOGS/srun.txt" || echo "$CODE")
+}
+
+make_ray_token() { # whoever lacks it is no client of this job's Ray
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOGS/ray_token
+    export RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH
+    (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
+    trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
+}
+
+end_job() {
+    local why
+    if ((CODE == 0)) && [[ ! $RUN || -e $RUN/DONE ]]; then
+        finish "done" 0 "${RUN:-octo ${ARGV[*]}}"
+    fi
+    [[ $SIGNAL == TERM ]] && finish stopped "$CODE" "told to end; if Slurm took the nodes away it queues the job again"
+    if ((CODE == 0)); then
+        grep -q "found .*/STOP:" "$LOGS/ranks.txt" && finish stopped 0 "by a STOP file; the same command goes on"
+        requeue "saved in time" # a preemption signals the ranks alone
+    fi
+    why="exit code $CODE: $(reason "$LOGS/ranks.txt")"
+    ((CODE == 2)) && finish failed 2 "$why"
+    last_save >"$LOGS/crashed_after"
+    if (($(cat "$OCTO_RUNS/slurm/$SLURM_JOB_ID".*/crashed_after | grep -cx "$(last_save)") >= ${OCTO_TRIES:-3})); then
+        finish failed "$CODE" "${OCTO_TRIES:-3} crashes without a save in between; $why"
+    fi
+    requeue "$why"
+}
+
+last_save() { # the step of the run's last save, 0 without one
+    local steps
+    [[ $RUN ]] && steps=$(find "$RUN/checkpoints" "$RUN/openrlhf" -maxdepth 2 -name '*step*' 2>/dev/null |
+        sed -En 's/^.*\/(step_|global_step)0*([0-9]+)$/\2/p' | sort -n | tail -1)
+    echo "${steps:-0}"
+}
+
+reason() { # LOG: what failed, by the first line that says so
+    grep -hm1 -oE 'octo [a-z]+: .*|[A-Za-z.]*Error: .*|srun: error: .*' "$1" || echo "see $1"
+}
+
+requeue() { # REASON...
+    trap '' TERM # Slurm's, for this very requeue
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        finish failed 1 "cannot be requeued here ($*); the same command, submitted again, goes on from the last save"
+    fi
+    finish requeued 0 "$@"
+}
+
+requeue_without() { # NODES
+    local left_out
+    left_out=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=//p' | grep -v '(null)')
+    trap '' TERM
+    scontrol requeue "$SLURM_JOB_ID" || finish failed 1 "preflight failed on $1, and the job cannot be requeued here:
+  fix: submit the same command again with sbatch --exclude=$1"
+    # pending from now on, so its nodes can be changed
+    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${left_out:+$left_out,}$1"
+    finish requeued 0 "without $1, which failed the preflight"
+}

@@ -1,0 +1,25 @@
+# shellcheck shell=bash disable=SC2034 # those that source it use what it sets
+# The site's file, and what it leaves open. Sourced, in the repository's folder, on login nodes and in jobs.
+#   OCTO      the command line of `octo`, as an array
+#   SRUN      `srun` with the site's options, as an array
+
+OCTO_SITE=${OCTO_SITE:-slurm/site.sh}
+if [[ ! -f $OCTO_SITE ]]; then
+    echo "no site file $OCTO_SITE
+  fix: copy one of slurm/sites/ (venv.sh, apptainer.sh, pyxis.sh) to slurm/site.sh and fill it in;
+       OCTO_SITE names another file" >&2
+    exit 2
+fi
+OCTO_PYTHON=python3 OCTO_EXEC=() OCTO_SRUN=() OCTO_PREFLIGHT=''
+# shellcheck source=slurm/sites/venv.sh
+source "$OCTO_SITE"
+export OCTO_RUNS=${OCTO_RUNS:-$PWD/runs}
+OCTO=("${OCTO_EXEC[@]}" "$OCTO_PYTHON" -m megatron_octo)
+SRUN=(srun "${OCTO_SRUN[@]}")
+
+need_slurm() {
+    command -v sbatch >/dev/null && return
+    echo "no Slurm here: sbatch is not on PATH
+  fix: run this on a login node of the cluster; without Slurm, \`octo train RECIPE --ranks N\` runs on one machine" >&2
+    exit 2
+}

@@ -1,0 +1,31 @@
+#!/bin/bash
+# A whole pipeline as jobs that wait for each other: data, stable, decay branches, their exports and RL, scores, report.
+# For a login node, or by sbatch. Run again, it submits what is not done. OPTIONS are sbatch's, for the training jobs.
+#   slurm/pipeline.sh                                        recipes/road.py:llama32_3b
+#   slurm/pipeline.sh --nodes=16 my_recipe.py:pipeline
+#SBATCH --job-name=pipeline
+#SBATCH --nodes=1
+#SBATCH --time=00:30:00
+#SBATCH --output=slurm/logs/%x-%j.out
+set -euo pipefail
+cd "${OCTO_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
+source slurm/lib/site.sh
+need_slurm
+
+options=()
+while [[ ${1-} == -* ]]; do options+=("$1") && shift; done
+tree=$("${OCTO[@]}" slurm tree -- "${options[@]}" "${1:-recipes/road.py:llama32_3b}")
+
+declare -A id=()
+trap '(($? == 0 || ${#id[@]} == 0)) || scancel "${id[@]}"' EXIT # all jobs, or none
+while IFS=$'\t' read -r name after script args; do
+    words=(--parsable --job-name="${name// /-}" --kill-on-invalid-dep=yes)
+    ids=''
+    IFS=, read -ra names <<<"$after"
+    for each in "${names[@]}"; do [[ $each == - ]] || ids+=":${id[$each]}"; done
+    [[ $ids ]] && words+=(--dependency="afterok$ids")
+    [[ $script == stable_200b || $script == decay_20b ]] && words+=("${options[@]}")
+    IFS=$'\t' read -ra arguments <<<"$args"
+    id[$name]=$(sbatch "${words[@]}" "slurm/$script.sh" "${arguments[@]}")
+    echo "job ${id[$name]}  $name${ids:+  after ${ids#:}}"
+done <<<"$tree"

@@ -1,0 +1,17 @@
+# shellcheck shell=bash disable=SC2034 # the scripts that source it use what it sets
+# A site where the product is installed in a virtual environment on a disk that all nodes see.
+# Copy it to slurm/site.sh and fill it in. No secrets here: HF_TOKEN and WANDB_API_KEY come from your own environment.
+
+# sbatch reads these itself, where this file is sourced before: slurm/submit.sh and slurm/pipeline.sh do.
+export SBATCH_ACCOUNT=my-account
+export SBATCH_PARTITION=gpu
+
+export OCTO_RUNS=/shared/$USER/runs        # all runs and logs; on a disk that all nodes see
+OCTO_PYTHON=/shared/$USER/octo/.venv/bin/python
+
+export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 # the fabric; `ibstat` and `ip link` name yours
+export NCCL_DEBUG=WARN TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
+
+# OCTO_PREFLIGHT='dcgmi diag -r 1'           # a check of your own on each node: it must exit with 0

@@ -1,0 +1,54 @@
+"""One Slurm for the tests of this folder, and the repository as a user submits from it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.slurm.cluster import GPUS, Cluster, cluster, missing
+
+NVIDIA_SMI = f"""#!/bin/bash
+# Stands for the driver's: one row a GPU; on a node with a file of its name here, the first one has errors.
+for ((i = 0; i < {GPUS}; i++)); do
+    echo "$i, 4, $([[ $i == 0 && -e $(dirname "$0")/$SLURMD_NODENAME ]] && echo 3 || echo 0)"
+done
+"""
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """Eight virtual nodes of eight fake GPUs."""
+    if why := missing():
+        pytest.skip(why)
+    folder = Path(tempfile.mkdtemp(prefix="octo-slurm-", dir="/tmp"))  # sockets want short names
+    with cluster(folder / "s") as running:
+        yield running
+    shutil.copytree(
+        folder / "s", "/tmp/slx/last", dirs_exist_ok=True, ignore=shutil.ignore_patterns("nvidia*", "*.sock*")
+    )
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with a site file for `slurm`; runs go to its runs/, and bin/ is first on PATH."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
+    for name in ("megatron_octo", "recipes"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvidia-smi").write_text(NVIDIA_SMI)
+    (folder / "bin" / "nvidia-smi").chmod(0o755)
+    (folder / "slurm" / "site.sh").write_text(
+        f"OCTO_PYTHON={sys.executable}\n"
+        f"export OCTO_RUNS=${{OCTO_RUNS:-{folder}/runs}} PATH={folder}/bin:$PATH\n"
+        "export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1\n"
+    )
+    return folder

@@ -1,0 +1,35 @@
+"""Stands for the interpreter in a job whose work is not the matter: tasks only say where they are.
+
+Plans and preflights are the product's, but for the inputs, which need not be there. STUB_EXIT is the tasks' exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+_, _, _, *argv = sys.argv  # stub.py -m megatron_octo ARGV
+if argv[0] == "slurm":
+    from megatron_octo.cli import app, slurm
+
+    slurm._check_inputs = lambda *_: None
+    sys.exit(app.main(argv))
+
+if argv[0] == "rl" and "STUB_RAY" in os.environ:
+    from tests.slurm.ray_cluster import say_who_may_enter
+
+    say_who_may_enter()
+
+names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURMD_NODENAME", "MASTER_ADDR", "MASTER_PORT")
+print(json.dumps([argv, *(os.environ.get(name) for name in (*names, "CUDA_VISIBLE_DEVICES"))]), flush=True)
+if (code := int(os.environ.get("STUB_EXIT", "0"))) == 0 and os.environ["SLURM_PROCID"] == "0":
+    from megatron_octo import rundir
+    from megatron_octo.launch.slurm import job
+
+    script = {"train": "stable_200b", "rl": "rl"}.get(argv[0])
+    if script:
+        run = job(script, ["--recipe", *argv[1:]]).run
+        assert run
+        rundir.mark_done(run)
+sys.exit(code)

@@ -1,0 +1,275 @@
+"""slurm/*.sh as they are: they submit unchanged, start the right ranks, and refuse what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.config.base import to_dict
+from tests.conftest import REPOSITORY, snapshot
+from tests.prepared import stage, write_data
+from tests.slurm.cluster import Cluster
+
+SCRIPTS = REPOSITORY / "slurm"
+SECRET = "do-not-print-me"
+
+
+@pytest.fixture
+def stubbed(checkout: Path) -> Path:
+    """The checkout with tasks that only say where they are."""
+    stub = checkout / "bin" / "stub"
+    stub.write_text(f'#!/bin/bash\nexec {sys.executable} {REPOSITORY}/tests/slurm/stub.py "$@"\n')
+    stub.chmod(0o755)
+    site = checkout / "slurm" / "site.sh"
+    site.write_text(f"{site.read_text()}OCTO_PYTHON={stub}\nexport PYTHONPATH={REPOSITORY}\n")
+    return checkout
+
+
+def submit(slurm: Cluster, checkout: Path, *words: object, **environment: str) -> str:
+    """`sbatch WORDS` in the checkout; returns the job's id."""
+    return slurm("sbatch", "--parsable", *words, cwd=checkout, **environment)
+
+
+def tasks(checkout: Path, job: str) -> list[list]:
+    """What the stub's tasks said."""
+    lines = (checkout / "runs" / "slurm" / job / "ranks.txt").read_text().splitlines()
+    return [json.loads(line.partition(": ")[2]) for line in lines if ": [" in line]
+
+
+def output(checkout: Path, job: str) -> str:
+    """What the job said."""
+    return next((checkout / "slurm" / "logs").glob(f"*-{job}.out")).read_text()
+
+
+def test_shellcheck_finds_nothing():
+    scripts = [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*/*.sh")]
+    assert len(scripts) > 8
+    found = subprocess.run(["shellcheck", "-x", *scripts], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("words", [["stable_200b.sh"], ["decay_20b.sh", "long"]])
+def test_training_starts_unchanged_with_a_rank_a_gpu(slurm: Cluster, stubbed: Path, words: list[str]):
+    job = submit(slurm, stubbed, f"slurm/{words[0]}", *words[1:], HF_TOKEN=SECRET, WANDB_API_KEY=SECRET)
+    assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+    said = tasks(stubbed, f"{job}.0")
+    assert len(said) == 64
+    assert {int(rank) for _, rank, *_ in said} == set(range(64))
+    for _, rank, size, local, node, address, port, gpus in said:
+        assert (int(size), int(local), node) == (64, int(rank) % 8, f"node{int(rank) // 8 + 1}")
+        assert (address, port, gpus) == ("node1", str(20000 + int(job)), "0,1,2,3,4,5,6,7")
+    text = output(stubbed, job)
+    assert "nodes   8 x 8 GPUs = 64 ranks" in text
+    assert "batch   512 sequences = data 64 x micro-batches 8 x sequences 1" in text
+    records = stubbed / "runs" / "slurm" / f"{job}.0"
+    function = "stable_200b" if words[0] == "stable_200b.sh" else "decay_long"
+    assert said[0][0] == ["train", f"recipes/llama32_3b.py:{function}"]
+    assert (records / "hosts").read_text().split() == [f"node{n}" for n in range(1, 9)]
+    assert rundir.read_json(records / "config.json")["name"].startswith("llama32-3b-")
+    assert (records / "batch.sh").read_text() == (SCRIPTS / words[0]).read_text()
+    assert "HF_TOKEN" in (records / "environment.txt").read_text()
+    assert (records / "state").read_text().startswith("done ")
+    for path in (*records.iterdir(), *(stubbed / "slurm" / "logs").iterdir()):
+        assert SECRET not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "command"),
+    [
+        ("convert", ["to-hf", "runs/x"], ["convert", "to-hf", "runs/x"]),
+        ("evaluate", ["recipes/miniature.py"], ["evaluate", "recipes/miniature.py"]),
+        ("rl", ["long"], ["rl", "recipes/rl_zero.py:llama32_3b_long"]),
+        ("report", ["runs/x"], ["report", "runs/x"]),
+        ("prepare_data", ["prepare", "recipes/corpora.py:math8k"], ["data", "prepare", "recipes/corpora.py:math8k"]),
+    ],
+)
+def test_other_stages_start_unchanged_with_one_task(slurm, stubbed, script, args, command):
+    job = submit(slurm, stubbed, f"slurm/{script}.sh", *args)
+    assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+    ((argv, rank, size, *_),) = tasks(stubbed, f"{job}.0")
+    assert (argv, rank, size) == (command, "0", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rays_of_rl_jobs_take_no_client_without_the_jobs_own_token(slurm, stubbed):
+    pytest.importorskip("ray", reason="ray is not installed")
+    said = []
+    for _ in range(2):
+        job = submit(slurm, stubbed, "slurm/rl.sh", "long", "--name", "x", "--output", stubbed / "rl", STUB_RAY="1")
+        assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+        records = stubbed / "runs" / "slurm" / f"{job}.0"
+        lines = (records / "ranks.txt").read_text().splitlines()
+        said.append(json.loads(next(line for line in lines if '"token"' in line).partition(": ")[2]))
+        assert not (records / "ray_token").exists(), "the token outlives the job"
+        (stubbed / "rl" / "DONE").unlink()
+    for each in said:
+        assert (each["with"], each["wrong"], each["without"]) == (True, False, False)
+        assert (len(each["token"]), each["mode"]) == (64, "0o600")
+    assert said[0]["token"] != said[1]["token"]
+
+
+def test_model_branch_nodes_and_overrides_come_from_the_command_line(slurm, stubbed):
+    words = ["slurm/decay_20b.sh", "long", "--model", "llama31_8b@h200", "--save.every-steps", "7"]
+    job = submit(slurm, stubbed, "--nodes=2", *words)
+    assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+    said = tasks(stubbed, f"{job}.0")
+    assert len(said) == 16
+    assert said[0][0] == ["train", "recipes/llama31_8b.py:decay_long@h200", "--save.every-steps", "7"]
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "why"),
+    [("1", "2", "3 crashes without a save in between"), ("2", "0", "failed: exit code 2")],
+)
+def test_crashes_without_a_save_end_a_job_and_so_does_bad_input_that_ranks_find(slurm, stubbed, code, restarts, why):
+    job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_EXIT=code)
+    assert slurm.wait_end(job) == "FAILED"
+    assert slurm.field(job, "Restarts") == restarts
+    assert why in output(stubbed, job)
+
+
+def test_a_node_that_fails_the_preflight_is_left_out(slurm, stubbed):
+    (stubbed / "bin" / "node1").touch()
+    job = submit(slurm, stubbed, "--nodes=2", "slurm/stable_200b.sh")
+    assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+    assert slurm.field(job, "Restarts") == "1"
+    assert "node1 bad: GPU 0: 3 uncorrected memory errors" in output(stubbed, job)
+    assert {node for _, _, _, _, node, *_ in tasks(stubbed, f"{job}.1")} == {"node2", "node3"}
+
+
+def test_a_job_ends_where_no_node_passes_the_preflight(slurm, stubbed):
+    (stubbed / "bin" / "nvidia-smi").unlink()
+    job = submit(slurm, stubbed, "--nodes=2", "slurm/stable_200b.sh", PATH="/usr/sbin:/usr/bin:/bin")
+    assert slurm.wait_end(job) == "FAILED"
+    assert slurm.field(job, "Restarts") == "0"
+    assert "no node passed the preflight" in output(stubbed, job)
+
+
+def test_a_stop_file_ends_a_job_before_it_starts(slurm, stubbed):
+    run = stubbed / "runs" / "llama32-3b-stable-200b"
+    run.mkdir(parents=True)
+    (run / "STOP").touch()
+    job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh")
+    assert slurm.wait_end(job) == "COMPLETED"
+    assert (stubbed / "runs" / "slurm" / f"{job}.0" / "state").read_text().startswith("stopped")
+    assert not (run / "STOP").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--nodes=3", "slurm/stable_200b.sh"], "fix: sbatch --nodes=2 or --nodes=4"),
+        (["slurm/decay_20b.sh", "lnog"], "did you mean 'decay_long'?"),
+        (["slurm/decay_20b.sh"], "which branch?"),
+        (["slurm/stable_200b.sh", "--model", "llama32_3"], "did you mean recipes/llama32_3b.py?"),
+        (["--nodes=1", "slurm/stable_200b.sh"], "runs/data/megamath-web-pro-max does not exist"),
+    ],
+)
+def test_a_bad_recipe_fails_before_a_rank_starts_and_is_not_requeued(slurm, checkout, words, why):
+    job = submit(slurm, checkout, *words)
+    assert slurm.wait_end(job) == "FAILED"
+    assert (slurm.field(job, "Restarts"), slurm.field(job, "ExitCode")) == ("0", "2:0")
+    assert why in output(checkout, job)
+    assert (checkout / "runs" / "slurm" / f"{job}.0" / "state").read_text().startswith("failed octo ")
+
+
+def test_settings_that_do_not_fit_the_nodes_are_refused_at_the_start(slurm, checkout):
+    write_data(checkout / "data")
+    rundir.write_json(checkout / "stage.json", to_dict(stage(checkout / "data", "run")))
+    job = submit(slurm, checkout, "--nodes=2", "slurm/stable_200b.sh", "--recipe", "stage.json")
+    assert slurm.wait_end(job) == "FAILED"
+    assert "2 nodes x 8 GPUs: budget.batch_sequences 8 does not divide" in output(checkout, job)
+
+
+# ---- a pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_pipeline_is_jobs_that_wait_for_what_they_read(slurm, stubbed):
+    words = ["--nodes=1", "--gpus-per-node=1", "recipes/miniature.py:pipeline"]
+    said = slurm(stubbed / "slurm" / "pipeline.sh", *words, cwd=stubbed).splitlines()
+    lines = [line for line in said if line.startswith("job ")]
+    jobs = {name: job for job, name, *_ in (line.removeprefix("job ").split("  ") for line in lines)}
+    assert len(jobs) == 19
+    assert slurm.wait_end(jobs["report"], 600) == "COMPLETED"
+    begun = {name: slurm.field(job, "StartTime") for name, job in jobs.items()}
+    ended = {name: slurm.field(job, "EndTime") for name, job in jobs.items()}
+    assert {slurm.state(job) for job in jobs.values()} == {"COMPLETED"}
+    for branch in ("short", "long", "hybrid"):
+        assert ended["train miniature-stable"] <= begun[f"train miniature-decay-{branch}"]
+        assert ended[f"train miniature-decay-{branch}"] <= begun[f"export miniature-decay-{branch}"]
+        assert ended[f"export miniature-decay-{branch}"] <= begun[f"miniature-rl-{branch}"]
+        assert ended[f"miniature-rl-{branch}"] <= begun["evaluate after RL"]
+    assert ended["evaluate before RL"] <= begun["report"]
+
+    again = slurm(stubbed / "slurm" / "pipeline.sh", *words, cwd=stubbed)
+    assert "train miniature-stable" not in again, "what is done is submitted again"
+    assert "miniature-rl-long" not in again
+
+
+def test_a_pipeline_whose_stages_do_not_fit_is_refused(slurm, stubbed):
+    before = slurm("squeue", "-h", "-t", "all")
+    said = slurm(
+        stubbed / "slurm" / "pipeline.sh", "--nodes=3", "recipes/miniature.py:pipeline", check=False, cwd=stubbed
+    )
+    assert "3 nodes x 8 GPUs: budget.batch_sequences 8 does not divide" in said
+    assert slurm("squeue", "-h", "-t", "all") == before
+
+
+# ---- before submission: slurm/submit.sh
+
+
+def submit_checked(checkout: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`slurm/submit.sh WORDS`."""
+    return subprocess.run(
+        [checkout / "slurm" / "submit.sh", *map(str, words)],
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_submit_checks_and_submits(slurm, stubbed):
+    done = submit_checked(stubbed, "--nodes=1", "slurm/stable_200b.sh", **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    assert "nodes   1 x 8 GPUs = 8 ranks" in done.stderr
+    (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    assert slurm.wait_end(job) == "COMPLETED"
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        ("--nodes=3 slurm/stable_200b.sh", {}, "does not divide by 24 data-parallel ranks.*fix: .*--nodes=4"),
+        ("slurm/decay_20b.sh lnog", {}, "unknown recipe.*fix: did you mean 'decay_long'"),
+        ("slurm/stabel.sh", {}, "no such script: slurm/stabel.sh.*fix: .*slurm/NAME.sh"),
+        ("slurm/stable_200b.sh", {"OCTO_SITE": "nowhere.sh"}, "no site file nowhere.sh.*fix: copy one of slurm/sites"),
+        ("slurm/stable_200b.sh", {"OCTO_RUNS": "/dev/null/x"}, "log folder /dev/null/x.*fix: .*OCTO_RUNS names"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_submitted(slurm, checkout, words, environment, message):
+    before, jobs = snapshot(checkout / "slurm"), slurm("squeue", "-h", "-t", "all")
+    done = submit_checked(checkout, *words.split(), **slurm.environment, **environment)
+    assert done.returncode == 2, done.stderr
+    assert re.search(message, done.stderr, re.DOTALL), done.stderr
+    assert snapshot(checkout / "slurm") == before
+    assert slurm("squeue", "-h", "-t", "all") == jobs
+
+
+def test_without_slurm_nothing_is_submitted(checkout):
+    (checkout / "bin" / "dirname").symlink_to("/usr/bin/dirname")
+    done = submit_checked(checkout, "slurm/stable_200b.sh", PATH=f"{checkout}/bin")
+    assert done.returncode == 2
+    assert "no Slurm here" in done.stderr

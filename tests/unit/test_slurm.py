@@ -1,0 +1,155 @@
+"""What slurm/*.sh ask of Python: the command of a job, its shape, the health of a node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.config.load import load_recipe
+from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.errors import BadInput
+from megatron_octo.launch import preflight, slurm
+from megatron_octo.launch.slurm import Shape, check_logs, check_shape, job, requested, tree
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
+    """Scripts run in the repository's folder."""
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_a_script_without_arguments_is_the_3b_model():
+    assert job("stable_200b", []).argv == ("train", "recipes/llama32_3b.py:stable_200b")
+    assert job("decay_20b", ["long"]).argv == ("train", "recipes/llama32_3b.py:decay_long")
+    assert job("rl", ["short"]).argv == ("rl", "recipes/rl_zero.py:llama32_3b_short")
+
+
+def test_the_rest_of_the_arguments_override_the_recipe(runs: Path):
+    found = job("stable_200b", ["--name", "other", "--model", "llama31_8b@h200"])
+    assert found.argv == ("train", "recipes/llama31_8b.py:stable_200b@h200", "--name", "other")
+    assert found.run == runs / "other"
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "why"),
+    [
+        ("decay_20b", [], "which branch"),
+        ("rl", ["--model", "llama32_3b"], "which branch"),
+        ("decay_20b", ["long", "--recipe", "x.py"], "branch long and --recipe x.py"),
+        ("stable", [], "no script slurm/stable.sh"),
+    ],
+)
+def test_arguments_that_say_too_little_or_too_much_are_refused(script: str, args: list[str], why: str):
+    with pytest.raises(BadInput, match=why):
+        job(script, args)
+
+
+@pytest.mark.parametrize("nodes", [1, 8, 64])
+def test_the_recipe_fits_the_papers_allocations(nodes: int):
+    config = job("stable_200b", []).config
+    assert f"{nodes * 8} ranks" in check_shape(config, Shape(nodes=nodes, gpus_per_node=8))
+
+
+def test_an_allocation_that_does_not_fit_is_refused_with_numbers_of_nodes_that_do():
+    config = job("stable_200b", ["--model", "llama31_8b", "--parallel.tensor", "8", "--parallel.pipeline", "2"]).config
+    with pytest.raises(BadInput, match=r"1 nodes x 8 GPUs: 8 ranks do not hold whole copies") as caught:
+        check_shape(config, Shape(nodes=1, gpus_per_node=8))
+    assert caught.value.fix.startswith("sbatch --nodes=2 or --nodes=4, or ")
+
+
+def test_rl_needs_its_gpus():
+    with pytest.raises(BadInput, match=r"asks for num_gpus 8, and the job has 1 nodes x 4 GPUs"):
+        check_shape(job("rl", ["long"]).config, Shape(nodes=1, gpus_per_node=4))
+
+
+def test_options_go_before_directives():
+    script = REPOSITORY / "slurm" / "stable_200b.sh"
+    assert requested([], script) == Shape(nodes=8, gpus_per_node=8)
+    assert requested(["-N", "2", "--gpus-per-node=h100:4", "-p", "x"], script) == Shape(nodes=2, gpus_per_node=4)
+    with pytest.raises(BadInput, match="not two numbers"):
+        requested(["--nodes=2-4"], script)
+
+
+def test_a_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch):
+    check_logs()
+    monkeypatch.setattr(slurm.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(BadInput, match="0 bytes are left on its disk"):
+        check_logs()
+
+
+def test_a_read_only_log_folder_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(slurm.os, "access", lambda path, mode: False)
+    with pytest.raises(BadInput, match="log folder slurm/logs cannot be written"):
+        check_logs()
+
+
+def test_a_pipeline_is_a_tree_of_jobs():
+    config = load_recipe("recipes/road.py:llama32_3b", PipelineConfig)
+    jobs = {each.name: each for each in tree(config)}
+    branches = [branch.name for branch in config.branches]
+    assert jobs["train llama32-3b-stable-200b"].after == ("import base",)
+    for branch, rl in zip(branches, config.rl, strict=True):
+        assert jobs[f"train {branch}"].after == ("train llama32-3b-stable-200b",)
+        assert jobs[f"export {branch}"].after == (f"train {branch}",)
+        assert jobs[rl.name].after == (f"export {branch}",)
+    assert jobs["evaluate before RL"].after == tuple(f"export {name}" for name in ("llama32-3b-stable-200b", *branches))
+    assert jobs["evaluate after RL"].after == tuple(rl.name for rl in config.rl)
+    assert jobs["report"].after == ("evaluate before RL", "evaluate after RL")
+    for each in jobs.values():
+        assert (REPOSITORY / "slurm" / f"{each.script}.sh").exists()
+
+
+def test_nothing_waits_for_a_job_that_is_done():
+    config = load_recipe("recipes/road.py:llama32_3b", PipelineConfig)
+    for name in ("base/llama32-3b", config.stable.name):
+        rundir.mark_done(rundir.run_folder(name))
+    jobs = {each.name: each for each in tree(config)}
+    assert "import base" not in jobs
+    assert f"train {config.stable.name}" not in jobs
+    assert jobs["train llama32-3b-decay-long"].after == ()
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program in its place; tests write what it prints."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return program
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ("0, 4, 0\n1, 4, [N/A]", []),
+        ("0, 4, 0", ["1 of 2 GPUs"]),
+        ("0, 4, 0\n1, 70000, 0", ["GPU 1: 70,000 MiB are in use"]),
+        ("0, 4, 3\n1, 4, 0", ["GPU 0: 3 uncorrected memory errors"]),
+        ("No devices were found", ["nvidia-smi does not answer: "]),
+    ],
+)
+def test_a_gpu_that_is_missing_in_use_or_broken_is_found(nvidia_smi: Path, tmp_path: Path, rows: str, found: list[str]):
+    nvidia_smi.write_text(f"#!/bin/sh\necho '{rows}'\n")
+    nvidia_smi.chmod(0o755)
+    said = preflight.faults(num_gpus=2, runs=tmp_path)
+    assert len(said) == len(found)
+    assert all(each.startswith(start) for each, start in zip(said, found, strict=True))
+
+
+def test_a_clock_a_disk_and_a_command_of_the_site_are_checked(tmp_path: Path):
+    (tmp_path / "file").touch()
+    assert preflight.faults(num_gpus=0, runs=tmp_path, clock_s=time.time(), command="true") == []
+    late, disk, command = (
+        preflight.faults(num_gpus=0, runs=tmp_path, clock_s=time.time() - 3600),
+        preflight.faults(num_gpus=0, runs=tmp_path / "file" / "runs"),
+        preflight.faults(num_gpus=0, runs=tmp_path, command="echo broken fabric; exit 7"),
+    )
+    assert late == ["its clock is +3600 s off the first node's"]
+    assert disk == [f"{tmp_path}/file/runs cannot be written: Not a directory"]
+    assert command == ["'echo broken fabric; exit 7' ended with exit code 7 broken fabric"]
