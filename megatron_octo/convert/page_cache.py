@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+LIBC = ctypes.CDLL(None)
 MADV_COLD = 20  # linux/mman.h; Python's mmap has no name for it
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 READ_AHEAD_BYTES = 128 << 10
@@ -35,7 +36,7 @@ def start_writing(file: IO[bytes]) -> None:
     """Have the kernel begin to put on the disk what `file` holds; left alone it lets the disk idle until an fsync."""
     file.flush()
     everything = ctypes.c_int64(0), ctypes.c_int64(0)
-    ctypes.CDLL(None).sync_file_range(file.fileno(), *everything, SYNC_FILE_RANGE_WRITE)
+    LIBC.sync_file_range(file.fileno(), *everything, SYNC_FILE_RANGE_WRITE)
 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int]:
@@ -44,4 +45,4 @@ def _pages(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _advise(start: int, end: int, advice: int) -> None:
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+    LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
