@@ -92,7 +92,7 @@ def _repetition(config: RLWatchConfig, rows: Sequence[Row]) -> Iterator[Finding]
     share = _Course.of([row["rl/repetition_share"] for row in known], config.window_steps)
     if share is not None and share.now - share.lowest >= config.repetition_rise:
         what = (
-            f"responses that repeat themselves rose from {share.lowest:.1%} to {share.now:.1%} "
+            f"the repeated share of responses rose from {share.lowest:.1%} to {share.now:.1%} "
             f"(means of {config.window_steps} steps)"
         )
         yield _finding(known, share.steps_beyond(share.lowest, falling=False), what, config.on_repetition)

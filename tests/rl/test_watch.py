@@ -93,7 +93,7 @@ def test_a_gpu_has_a_wider_bound_and_a_setting_goes_before_both() -> None:
 
 def test_repetition_that_explodes_is_found_and_one_that_was_there_is_not() -> None:
     finding = first(rows(rl_repetition_share=[*[0.1] * 10, *line(0.2, 0.9, 8), *[0.9] * 4]))
-    assert finding is not None and "repeat themselves rose from 10.0% to" in finding.what
+    assert finding is not None and "repeated share of responses rose from 10.0% to" in finding.what
     assert 11 <= finding.since <= 16
     assert first(rows(rl_repetition_share=[0.8] * 30)) is None, "a base model may begin like this"
     assert first(rows(rl_repetition_share=line(0.9, 0.1, 30))) is None
