@@ -12,6 +12,8 @@ set -uo pipefail
 
 RESTART=${SLURM_RESTART_COUNT:-0}
 GPUS=${SLURM_GPUS_PER_NODE-0} GPUS=${GPUS##*:} # `--exclusive` grants all that a node has, but this many were asked for
+RUN=''
+TOLD='told to end; if Slurm took the nodes away it queues the job again'
 SIGNAL=''      # the last one that asked this job to end
 PASSED_ON=TERM # what its tasks are told then
 
@@ -39,8 +41,19 @@ run_job() { # NAME [ARGUMENTS]
 
 asked() { # SIGNAL
     SIGNAL=$1
+    is_current || return 0
     say "SIG$1: the tasks are asked to save and to end"
     scancel --signal="$PASSED_ON" "$SLURM_JOB_ID" 2>/dev/null # steps only, not this script
+}
+
+is_current() { # false for a script that outlived its start, on a node that Slurm had lost, say: it must touch no other
+    [[ $(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') == "$RESTART" ]]
+}
+
+give_way() { # to a signal that came before the ranks had started
+    [[ $SIGNAL == TERM ]] && finish stopped 0 "$TOLD"
+    [[ $SIGNAL == USR1 ]] && requeue "asked to end before the ranks had started"
+    return 0
 }
 
 keep_records() {
@@ -68,7 +81,8 @@ make_plan() { # NAME [ARGUMENTS]
     one_task "${OCTO[@]}" slurm plan --nodes "$SLURM_JOB_NUM_NODES" --gpus-per-node "$GPUS" \
         --records "$LOGS" "$@" 2>&1 | tee "$LOGS/plan.log" >&2
     code=${PIPESTATUS[0]}
-    ((code == 0)) || finish failed "$code" "$(reason "$LOGS/plan.log")"
+    give_way
+    ((code == 0)) || crashed "$code" "$(reason "$LOGS/plan.log")"
     mapfile -t ARGV <"$LOGS/argv"
     RUN=$(<"$LOGS/run")
 }
@@ -78,6 +92,7 @@ check_nodes() {
     "${SRUN[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --time=20 \
         --output="$LOGS/preflight.txt" "${OCTO[@]}" slurm preflight --gpus "$GPUS" \
         --clock "$(date +%s.%N)" --command "$OCTO_PREFLIGHT"
+    give_way
     # a node that said nothing is bad too
     bad=$(comm -23 <(sort "$LOGS/hosts") <(sed -n 's/ ok$//p' "$LOGS/preflight.txt" | sort) | paste -sd,)
     [[ $bad ]] || return 0
@@ -98,7 +113,7 @@ run_ranks() {
         tasks=(--ntasks=$((${#HOSTS[@]} * GPUS)) --ntasks-per-node="$GPUS")
         tasks+=(--cpus-per-task=$((SLURM_CPUS_ON_NODE / GPUS)))
     fi
-    [[ $SIGNAL ]] && requeue "asked to end before the ranks had started"
+    give_way
     say "octo ${ARGV[*]} on ${#HOSTS[@]} nodes, from ${HOSTS[0]} on; output in $LOGS/ranks.txt"
     "${SRUN[@]}" "${tasks[@]}" --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" "${OCTO[@]}" "${ARGV[@]}" \
         2>"$LOGS/srun.txt" &
@@ -119,22 +134,24 @@ make_ray_token() { # whoever lacks it is no client of this job's Ray
 }
 
 end_job() {
-    local why
     if ((CODE == 0)) && [[ ! $RUN || -e $RUN/DONE ]]; then
         finish "done" 0 "${RUN:-octo ${ARGV[*]}}"
     fi
-    [[ $SIGNAL == TERM ]] && finish stopped "$CODE" "told to end; if Slurm took the nodes away it queues the job again"
+    [[ $SIGNAL == TERM ]] && finish stopped "$CODE" "$TOLD"
     if ((CODE == 0)); then
         grep -q "found .*/STOP:" "$LOGS/ranks.txt" && finish stopped 0 "by a STOP file; the same command goes on"
         requeue "saved in time" # a preemption signals the ranks alone
     fi
-    why="exit code $CODE: $(reason "$LOGS/ranks.txt")"
-    ((CODE == 2)) && finish failed 2 "$why"
+    crashed "$CODE" "exit code $CODE: $(reason "$LOGS/ranks.txt")"
+}
+
+crashed() { # EXIT_CODE REASON
+    (($1 == 2)) && finish failed 2 "$2" # bad input
     last_save >"$LOGS/crashed_after"
     if (($(cat "$OCTO_RUNS/slurm/$SLURM_JOB_ID".*/crashed_after | grep -cx "$(last_save)") >= ${OCTO_TRIES:-3})); then
-        finish failed "$CODE" "${OCTO_TRIES:-3} crashes without a save in between; $why"
+        finish failed "$1" "${OCTO_TRIES:-3} crashes without a save in between; $2"
     fi
-    requeue "$why"
+    requeue "$2"
 }
 
 last_save() { # the step of the run's last save, 0 without one
@@ -150,6 +167,7 @@ reason() { # LOG: what failed, by the first line that says so
 
 requeue() { # REASON...
     trap '' TERM # Slurm's, for this very requeue
+    is_current || finish stopped 0 "$TOLD"
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         finish failed 1 "cannot be requeued here ($*); the same command, submitted again, goes on from the last save"
     fi
@@ -160,6 +178,7 @@ requeue_without() { # NODES
     local left_out
     left_out=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=//p' | grep -v '(null)')
     trap '' TERM
+    is_current || finish stopped 0 "$TOLD"
     scontrol requeue "$SLURM_JOB_ID" || finish failed 1 "preflight failed on $1, and the job cannot be requeued here:
   fix: submit the same command again with sbatch --exclude=$1"
     # pending from now on, so its nodes can be changed

@@ -1,6 +1,7 @@
 """Stands for the interpreter in a job whose work is not the matter: tasks only say where they are.
 
-Plans and preflights are the product's, but for the inputs, which need not be there. STUB_EXIT is the tasks' exit code.
+Plans and preflights are the product's, but for the inputs, which need not be there. STUB_EXIT is the tasks' exit code,
+STUB_PLAN_S how long a plan takes.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 
 _, _, _, *argv = sys.argv  # stub.py -m megatron_octo ARGV
 if argv[0] == "slurm":
     from megatron_octo.cli import app, slurm
 
-    slurm._check_inputs = lambda *_: None
+    slurm._check_inputs = lambda *_: time.sleep(float(os.environ.get("STUB_PLAN_S", "0")))
     sys.exit(app.main(argv))
 
 if argv[0] == "rl" and "STUB_RAY" in os.environ:

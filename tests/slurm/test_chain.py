@@ -20,8 +20,8 @@ from tests.cpu.zygote import rows
 from tests.prepared import BATCH, SEQ_LENGTH, stage, write_data
 from tests.slurm.cluster import Cluster
 
-SAVE_EVERY = 10
-STEPS_AN_EVENT = 60
+SAVE_EVERY = 5
+STEPS_AN_EVENT = 40
 
 
 @dataclass
@@ -58,14 +58,15 @@ class Chain:
 
     def ranks(self) -> list[int]:
         """Process ids of its ranks."""
-        return [each.pid for each in self.processes() if each.cmdline()[1:4] == ["-m", "megatron_octo", "train"]]
+        return [pid for pid, argv, _ in self.processes() if argv[1:4] == ["-m", "megatron_octo", "train"]]
 
-    def processes(self) -> Iterator[psutil.Process]:
-        """All that it has started."""
+    def processes(self) -> Iterator[tuple[int, list[str], str]]:
+        """(id, command line, node) of all that it has started."""
         for each in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if each.environ().get("SLURM_JOB_ID") == self.job and each.environ()["SLURM_CONF"] == self.conf:
-                    yield each
+                found, env = (each.pid, each.cmdline()), each.environ()
+                if (env.get("SLURM_JOB_ID"), env.get("SLURM_CONF")) == (self.job, self.conf):
+                    yield *found, env.get("SLURMD_NODENAME", "")
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Wait until `until` holds, while Slurm may start the job again."""
@@ -96,12 +97,12 @@ class Chain:
         """A node dies with all that runs on it, the batch script included."""
         node = self.nodes()[0]
         self.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-        for each in self.processes():
-            with contextlib.suppress(psutil.Error):
-                if each.environ().get("SLURMD_NODENAME") == node:
-                    each.kill()
+        for pid, _, where in self.processes():
+            if where == node:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.wait(lambda: self.slurm.state(self.job) != "RUNNING")
-        self.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may be back by itself
 
     def bad_node(self) -> None:
         """A GPU falls off the bus between two starts: the next preflight fails."""

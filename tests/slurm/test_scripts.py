@@ -136,6 +136,16 @@ def test_crashes_without_a_save_end_a_job_and_so_does_bad_input_that_ranks_find(
     assert why in output(stubbed, job)
 
 
+def test_a_time_limit_before_the_ranks_start_requeues_the_job(slurm, stubbed):
+    job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_PLAN_S="5")
+    state = stubbed / "runs" / "slurm" / f"{job}.0" / "state"
+    slurm.wait(job, state.exists)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+    assert slurm.field(job, "Restarts") == "1"
+    assert state.read_text() == "requeued asked to end before the ranks had started\n"
+
+
 def test_a_node_that_fails_the_preflight_is_left_out(slurm, stubbed):
     (stubbed / "bin" / "node1").touch()
     job = submit(slurm, stubbed, "--nodes=2", "slurm/stable_200b.sh")
