@@ -1,4 +1,4 @@
-"""Your own files as sources: four real corpora, one of each kind, as docs/data.md runs them.
+"""Your own files as sources: real corpora, of each kind one or two, as docs/data.md runs them.
 
     octo data prepare recipes/own_data.py:gsm8k --input FOLDER/gsm8k_train.jsonl --tokenizer llama-3
 
@@ -39,6 +39,20 @@ def gsm8k() -> PrepareConfig:
         template="question_answer",
         tokenizer=TOKENIZER,
         output=run_folder("data") / "gsm8k",
+        mark_answers=True,
+    )
+
+
+def math_hard() -> PrepareConfig:
+    """Short chains of thought for a decay branch: lists of {"problem": ..., "solution": ...}, a file a subject."""
+    return PrepareConfig(
+        name="math-hard",
+        input=Path("math_hard_train/*.json"),
+        facts=CorpusFacts(licence="MIT", source="the training problems of MATH, of its highest level"),
+        template="question_answer",
+        columns=(("question", "problem"), ("answer", "solution")),
+        tokenizer=TOKENIZER,
+        output=run_folder("data") / "math-hard",
         mark_answers=True,
     )
 

@@ -56,6 +56,11 @@ def gsm8k() -> PrepareConfig:
     return _by_its_tokenizer(own_data.gsm8k())
 
 
+def math_hard() -> PrepareConfig:
+    """Short chains of thought, longer ones, by the base's own tokenizer."""
+    return _by_its_tokenizer(own_data.math_hard())
+
+
 def openstax_exercises() -> PrepareConfig:
     """Questions and answers, by the base's own tokenizer."""
     return _by_its_tokenizer(own_data.openstax_exercises())

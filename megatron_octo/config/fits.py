@@ -24,6 +24,7 @@ def check_fit(config: MidTrainConfig) -> None:
     """
     _check_fsdp(config)
     _check_context(config)
+    _check_sequence(config)
     _check_cuda_graphs(config)
     if config.precision.fp8 != "off":
         _check_bf16_layers(config)
@@ -86,6 +87,16 @@ def _check_context(config: MidTrainConfig) -> None:
         f"data.seq_length {length} with parallel.context {context}: each rank takes two of {2 * context} equal parts "
         "of a sequence",
         fix="choose a length that divides, or another parallel.context",
+    )
+
+
+def _check_sequence(config: MidTrainConfig) -> None:
+    parallel, length = config.parallel, config.data.seq_length
+    require(
+        not parallel.sequence or length // parallel.context % parallel.tensor == 0,
+        f"data.seq_length {length} with parallel.sequence, tensor {parallel.tensor} and context {parallel.context}: "
+        "each rank takes an equal part of a sequence between the matrices",
+        fix="choose a length that divides, or turn parallel.sequence off",
     )
 
 

@@ -200,6 +200,9 @@ class ComputeConfig(Settings):
     scores to begin with); or all of a layer."""
     cuda_graphs: bool = False
     """Record each layer's kernels once and replay them; needs a GPU and Transformer Engine."""
+    deterministic: bool = True
+    """On a GPU, have Transformer Engine's attention sum gradients in one order, so that a resume repeats the losses to
+    the bit; slower. NVTE_ALLOW_NONDETERMINISTIC_ALGO, where it is set, decides instead."""
 
 
 ChatTemplate = Literal["plain", "own"]
@@ -518,7 +521,7 @@ class TrainPlan(Settings):
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    for name in ("num_heads", "num_kv_heads", "vocab_size"):
+    for name in ("num_heads", "num_kv_heads", "ffn_size", "vocab_size"):
         value = getattr(model, name)
         require(
             value % parallel.tensor == 0,

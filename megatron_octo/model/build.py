@@ -44,7 +44,7 @@ def build_model(
         platform: chooses layers and device.
         parallel: how the model is cut.
         precision: number formats.
-        compute: what is computed twice or recorded.
+        compute: what is computed twice, recorded, or summed in one order.
         pre_process: whether the embedding is in this part.
         post_process: whether the output layer is in this part; without it the result is hidden states [s, b, h].
         vp_stage: which model chunk of this rank, under the interleaved schedule.
@@ -56,6 +56,8 @@ def build_model(
     precision = usable_precision(precision, platform)
     if precision.fp8_emulation:
         platform = replace(platform, layer_family="local")  # its linear layers are the ones that can be told to round
+    if compute.deterministic and platform.layer_family == "transformer_engine":
+        platform.fix_order()
     transformer = transformer_config(config, platform=platform, parallel=parallel, precision=precision, compute=compute)
     model = GPTModel(
         transformer,

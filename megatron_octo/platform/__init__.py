@@ -8,6 +8,7 @@ megatron; this package holds all that patches other people's code (`megatron_cpu
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ class Platform:
         fused_adam.install()
         checkpoint_writer.install()
         shards.install()
+
+    def fix_order(self) -> None:
+        """Have attention layers of Transformer Engine that are made from now on sum gradients in one order."""
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # each reads it when it is made
 
     def describe(self) -> str:
         """One line for the log."""

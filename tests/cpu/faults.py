@@ -31,7 +31,7 @@ def install(mode: str, at: int, record: str, rank: str = "0", where: str = SAVES
     log, numbers = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND), itertools.count(1)
 
     def meet(what: str, path: object, by_half: Callable[[], object] = lambda: None) -> None:
-        if where not in os.fsdecode(str(path)):
+        if where not in f"{os.fsdecode(str(path))}/":  # the folder itself, too
             return
         number = next(numbers)  # threads count at once
         os.write(log, f"{what} {path}\n".encode())

@@ -1,6 +1,6 @@
 """Saves of a GPU: a run goes on from one to the same bits, in BF16 and in FP8, and a CPU reads the same weights.
 
-Transformer Engine's attention is told to sum its gradients in a fixed order. Stages and helpers are `test_train.py`'s.
+Stages and helpers are `test_train.py`'s.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ NO_RATE = ConstantRate(peak=1e-12)
 
 
 @pytest.fixture(autouse=True)
-def one_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811 - the fixture
+def runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811 - the fixture
     monkeypatch.setenv("OCTO_RUNS", str(folder / "runs"))
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
 def exact(folder: Path, name: str, precision: PrecisionConfig) -> MidTrainConfig:  # noqa: F811 - the fixture

@@ -94,6 +94,22 @@ def test_settings_that_do_not_go_together_are_refused(name, config):
         replace(config, **changes)
 
 
+def test_the_feed_forward_layer_is_cut_into_equal_parts(config):
+    with pytest.raises(SettingsError, match=r"ffn_size 65 does not divide by parallel\.tensor 2"):
+        replace(config, model=replace(config.model, ffn_size=65), parallel=ParallelConfig(tensor=2))
+
+
+def test_sequence_parallel_ranks_have_equal_parts_of_a_sequence(config):
+    odd = replace(
+        config,
+        data=replace(config.data, seq_length=31),
+        budget=replace(config.budget, train_tokens=31 * config.budget.batch_sequences),
+        parallel=ParallelConfig(tensor=2),
+    )
+    with pytest.raises(SettingsError, match=r"seq_length 31 with parallel\.sequence, tensor 2"):
+        replace(odd, parallel=ParallelConfig(tensor=2, sequence=True))
+
+
 def test_cuda_graphs_need_shapes_that_do_not_change(config):
     with pytest.raises(SettingsError, match=r"cuda_graphs with data\.across_documents off"):
         replace(config, compute=ComputeConfig(cuda_graphs=True), data=replace(config.data, across_documents=False))

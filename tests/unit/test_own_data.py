@@ -19,6 +19,7 @@ FILE = REPOSITORY / "recipes" / "own_data.py"
 RECORDS = {
     "stable_text": ({"text": "A theorem.", "source": "book"}, "A theorem."),
     "gsm8k": ({"question": "1+1?", "answer": "<<1+1=2>>2"}, "1+1?\n<<1+1=2>>2"),
+    "math_hard": ({"problem": "1+1?", "level": "Level 5", "solution": "\\boxed{2}"}, "1+1?\n\\boxed{2}"),
     "openstax_exercises": ({"problem": "1+1?", "solution": "2", "instruction": "Add."}, "1+1?\n2"),
     "long_cot": ({"problem": "1+1?", "response": "<|begin_of_thought|>2", "gt": "2"}, "1+1?\n<|begin_of_thought|>2"),
 }

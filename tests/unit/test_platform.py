@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -40,3 +41,16 @@ def test_random_states_of_another_kind_of_device_are_left_out(caplog: pytest.Log
     assert "another kind of device" in caplog.text
     assert set(tracker.get_states()) == names
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("chosen", "then"), [(None, "0"), ("1", "1")])
+def test_attention_sums_in_one_order_unless_the_user_chose(
+    chosen: str | None, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
+    monkeypatch.setenv(name, chosen or "")  # for its end
+    if chosen is None:
+        monkeypatch.delenv(name)
+    gpu = platform.Platform(device="cuda", backend="nccl", layer_family="transformer_engine")
+    gpu.fix_order()
+    assert os.environ[name] == then
