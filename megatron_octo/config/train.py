@@ -269,8 +269,9 @@ class WatchConfig(Settings):
     straggler_every_steps: int = 100
     """Steps between such comparisons."""
     hang_timeout_s: float | None = 540.0
-    """End the job when no step, save or validation ends for so long, with every rank's stack in the run's log/. By
-    default before NCCL gives up (10 minutes), which says nothing. None: wait for ever."""
+    """End the job when no step, save or validation ends for so long, nor before them a part of the start (checksums
+    and index, model and load), with every rank's stack in the run's log/. By default before NCCL gives up (10
+    minutes), which says nothing. None: wait for ever."""
 
     def __post_init__(self) -> None:
         require_positive(

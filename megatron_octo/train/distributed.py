@@ -131,7 +131,7 @@ def bare(wrapped: Any) -> Any:
     return wrapped
 
 
-def mean_loss(parts: Sequence[Any], device: str, votes: Votes) -> tuple[float, Votes]:
+def mean_loss(parts: Sequence[Any], device: str, votes: Callable[[], Votes]) -> tuple[float, Votes]:
     """The mean loss of a step over all tokens that count, 0 if none does; and the votes of all. All ranks call it.
 
     One sum over all ranks of [loss sum, tokens, votes]: pipeline stages without the loss add zeros, and the equal
@@ -140,13 +140,14 @@ def mean_loss(parts: Sequence[Any], device: str, votes: Votes) -> tuple[float, V
     Args:
         parts: [loss sum, tokens] of each micro-batch; empty on ranks without the output layer.
         device: where to put the sum.
-        votes: this rank's.
+        votes: gives this rank's; called as late as can be, when its part of the step is computed.
     """
     import torch
     import torch.distributed as dist
 
     sums = torch.stack(list(parts)).sum(0) if parts else torch.zeros(2, dtype=torch.float64, device=device)
-    total = torch.cat([sums, torch.tensor(votes, dtype=sums.dtype, device=sums.device)])
+    ours = sums.tolist()  # waits for the device
+    total = torch.tensor([*ours, *votes()], dtype=sums.dtype, device=sums.device)
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
     loss, tokens, *asked = total.tolist()

@@ -200,12 +200,14 @@ def _train(
         cut_after=inputs.mixture.eos_id if cut else None,
     )
     ledger = open_ledger(config, inputs.mixture, phases, dataset) if here.is_source and dataset is not None else None
+    alive()
 
     # model and optimizer
     chunks = build_chunks(config, platform, num_ids=inputs.mixture.vocab_size)
     wrapped = wrap_chunks(chunks, config)
     optimizer = build_optimizer(wrapped, config)
     state = _fill(config, inputs, save, chunks, optimizer, layout=_layout(config, here, platform))
+    alive()
 
     # steps
     schedule, again = get_forward_backward_func(), RunAgain()
@@ -229,10 +231,16 @@ def _train(
         rate = rate_at(config.learning_rate, state.tokens, config.budget.train_tokens)
         weight_decay = weight_decay_at(config.optimizer, state.tokens, config.budget.train_tokens)
         set_rates(optimizer, rate=rate, weight_decay=weight_decay)
-        votes = saver.votes(stop=bool(signals))
         try:
             result = train_step(
-                wrapped, optimizer, loader, state=state, config=config, schedule=schedule, again=again, votes=votes
+                wrapped,
+                optimizer,
+                loader,
+                state=state,
+                config=config,
+                schedule=schedule,
+                again=again,
+                votes=lambda: saver.votes(stop=bool(signals)),
             )
         except OctoError:  # of all ranks alike
             saver.wait()

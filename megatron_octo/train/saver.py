@@ -59,7 +59,7 @@ class Saver:
         self._asked_stop = self._asked_save = False
 
     def votes(self, *, stop: bool) -> Votes:
-        """What this rank asks for at the coming step; `stop` says whether it was told to end by a signal.
+        """What this rank asks for at the step under way; `stop` says whether it was told to end by a signal.
 
         Rank 0 alone looks at the run's folder and at the clock. It asks again until it was heard: nobody is at a step
         that is left out or rolled back.

@@ -74,10 +74,11 @@ def train_step(
     config: MidTrainConfig,
     schedule: Callable[..., list[Any]],
     again: RunAgain,
-    votes: Votes,
+    votes: Callable[[], Votes],
 ) -> StepResult:
     """Train on the batch after `state`, unless it is left out. All ranks call it, each with its own `votes`.
 
+    The votes are read once the rank has computed its part: who asks during a step is heard at its end.
     Where `config.watch` acts on the numbers, the weights stay as they are.
 
     Raises:
@@ -87,7 +88,7 @@ def train_step(
     if is_left_out(state.watch, step):
         return StepResult(loss=math.nan, grad_norm=math.nan, seconds=0.0, watch=state.watch, finding=LEFT_OUT)
 
-    heard = votes
+    heard = NO_VOTES
 
     def compute() -> tuple[float, float]:
         nonlocal heard
@@ -127,11 +128,11 @@ def forward_backward(
     schedule: Callable[..., list[Any]],
     *,
     forward_only: bool = False,
-    votes: Votes = NO_VOTES,
+    votes: Callable[[], Votes] = Votes,
 ) -> tuple[float, Votes]:
     """Run the micro-batches of the step after `consumed_sequences`: (their mean loss, the votes of all ranks).
 
-    All ranks call it, each with its own `votes`.
+    All ranks call it, each with its own `votes`, by default none.
     """
     batches = [loader.step(consumed_sequences) for _ in wrapped]
     cut, rows = not config.data.across_documents, config.budget.micro_batch_sequences

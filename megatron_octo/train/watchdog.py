@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import math
 import os
 import threading
 import time
@@ -19,7 +18,7 @@ LOOK_EVERY_S = 1.0
 
 @contextlib.contextmanager
 def watchdog(run: Path, timeout_s: float | None) -> Iterator[Callable[[], None]]:
-    """Yield a function to call whenever something has ended; from the first call on it must be called in time.
+    """Yield a function to call whenever something has ended; it must be called in time, the first time too.
 
     Python's own timer writes the stacks: it needs no turn of the interpreter, which may be what hangs.
     """
@@ -28,7 +27,7 @@ def watchdog(run: Path, timeout_s: float | None) -> Iterator[Callable[[], None]]
         return
     path = run / "log" / f"stacks_rank_{rank():05d}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline, over = [math.inf], threading.Event()
+    deadline, over = [0.0], threading.Event()
 
     def alive() -> None:
         faulthandler.dump_traceback_later(timeout_s, file=file)
@@ -40,13 +39,14 @@ def watchdog(run: Path, timeout_s: float | None) -> Iterator[Callable[[], None]]
                 logger(__name__).error(
                     "nothing has ended for %.0f s (watch.hang_timeout_s): this rank's stack is in %s\n"
                     "  fix: the rank whose stack differs from the others' is what they wait for; if all is well and "
-                    "steps take long, raise watch.hang_timeout_s",
+                    "it only takes long, raise watch.hang_timeout_s",
                     timeout_s,
                     path,
                 )
                 os._exit(1)
 
     with path.open("a") as file:
+        alive()
         threading.Thread(target=end_when_late, daemon=True).start()
         try:
             yield alive

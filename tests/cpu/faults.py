@@ -1,4 +1,4 @@
-"""Operations on the disk that fail, or kill the process, at a chosen one; installed on a rank by the zygote.
+"""Operations on the disk that fail, or kill the process, at a chosen one, and more; installed on a rank by the zygote.
 
 An operation is: a file opened to write, a write, an fsync, a rename, a folder made, a file or folder removed.
 """
@@ -85,6 +85,20 @@ def write_slowly(seconds: float) -> None:
         return really(request)
 
     checkpoint_writer.write = write
+
+
+def signal_in_forward(step: int, batch: int, rank: str) -> None:
+    """The rank gets SIGUSR1 in each forward pass of this step, of `batch` sequences a step."""
+    from megatron_octo.data.loader import Loader
+
+    really = Loader._micro_batch
+
+    def micro_batch(self: Any, numbers: range) -> Any:
+        if numbers.start // batch + 1 == step and os.environ["RANK"] == rank:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return really(self, numbers)
+
+    Loader._micro_batch = micro_batch  # type: ignore[method-assign]
 
 
 def write_at_once() -> None:

@@ -27,7 +27,7 @@ from megatron_octo.train.saver import newest_good
 from megatron_octo.train.state import read_state, saved_steps
 from tests.conftest import snapshot
 from tests.cpu.zygote import Zygote, octo, rows
-from tests.prepared import stage, write_data
+from tests.prepared import BATCH, stage, write_data
 
 pytestmark = pytest.mark.timeout(600)
 OLD, NEW = 4, 5  # the steps of a template's saves
@@ -125,6 +125,15 @@ def test_asked_to_stop_all_ranks_save_the_same_step_and_end_well(
     assert f"stopped after step {last}" in (tmp_path / "log").read_text()
     assert not rundir.is_done(run)
     assert not (run / "STOP").exists()
+
+
+def test_a_signal_in_a_steps_forward_pass_ends_the_run_after_that_step(
+    data: Path, runs: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    before = ("tests.cpu.faults:signal_in_forward", 3, BATCH, "1")
+    assert octo(zygote, stage(data, "run", steps=5), tmp_path, ranks=2, before=before).wait() == [0, 0]
+    assert saved_steps(runs / "run") == [3]
+    assert "stopped after step 3, saved" in (tmp_path / "log").read_text()
 
 
 def test_a_file_asks_for_a_save_and_training_goes_on(data: Path, runs: Path, tmp_path: Path, zygote: Zygote) -> None:

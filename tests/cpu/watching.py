@@ -65,7 +65,7 @@ class Fault:
     sleep_s: float = 0.0
     """Rank 1 is late by so much."""
     stop: Path | None = None
-    """The run that is asked to stop in the step before."""
+    """The run that is asked to stop in the step."""
 
 
 def main(folder: Path) -> None:
@@ -184,7 +184,7 @@ def faulty(compute: Callable[..., Any], fault: Fault) -> Callable[..., Any]:
         step = consumed // BATCH + 1
         strikes = fault.step in (None, step) and not (fault.once and step in seen)
         seen.add(step)
-        if fault.stop and fault.step == step + 1 and os.environ["RANK"] == "0":
+        if fault.stop and fault.step == step and os.environ["RANK"] == "0":
             (fault.stop / STOP_FILE).touch()
         if strikes and os.environ["RANK"] == "1":
             time.sleep(fault.sleep_s)
