@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 
 from megatron_octo.rundir import DONE, is_done, mark_done, sha256, write_atomic
@@ -27,8 +28,13 @@ def seal(folder: Path, known: Mapping[str, str]) -> None:
     mark_done(folder, note=hashlib.sha256(lines.encode()).hexdigest())
 
 
-def faults(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a sealed `folder`, a line a file; reads all of it, writes nothing.
+def is_sealed(folder: Path) -> bool:
+    """Whether `folder` was sealed, whichever of the two files of that is left."""
+    return (folder / FILE).exists() or (is_done(folder) and (folder / DONE).stat().st_size > 0)
+
+
+def faults(folder: Path, *, only: str = "*", part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a sealed `folder`, a line a file; reads the files named like `only`, writes nothing.
 
     Several callers may share the work: each of the `parts` reads the files of its own `part`.
     """
@@ -40,6 +46,7 @@ def faults(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     if (folder / DONE).read_bytes() != f"{hashlib.sha256(content).hexdigest()}\n".encode():
         return [f"{FILE} is not the one that {DONE} names"]
     lines = [line.split("  ", 1) for line in content.decode().splitlines()]
+    lines = [line for line in lines if fnmatch(line[1], only)]
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda line: _fault(folder / line[1], line[0]), lines[part::parts])
         return [fault for fault in found if fault]

@@ -49,6 +49,13 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
+def flip_bit(path: Path) -> None:
+    """Change one bit, in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def write_model_folder(folder: Path) -> Path:
     """A Hugging Face folder as far as checks look into it: no weights, and a tokenizer of one id."""
     import tokenizers

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "save",
         metavar="SAVE",
         type=Path,
-        help="a save's folder, a run folder (its last save), an imported base, or a plain Megatron checkpoint",
+        help="a save's folder, a run folder (its newest good save), an imported base, or a plain Megatron checkpoint",
     )
     exporting.add_argument(
         "output",

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
         "--from",
         dest="parent",
         metavar="RUN[@TOKENS]",
-        help="start from that run's last save, or from its save at so many tokens, whatever the recipe says",
+        help="start from that run's newest good save, or from its save at so many tokens, whatever the recipe says",
     )
     options.add_argument(
         "--reweigh", action="store_true", help="let data.sources differ from the run folder's, from its last save on"

@@ -31,7 +31,7 @@ class FromRun(Settings):
     run: str
     """The parent run's name."""
     step: int | None = None
-    """The parent's save, by its step; None for its last."""
+    """The parent's save, by its step; None for its newest good one."""
     tokens: int | None = None
     """The same, by the tokens that the parent had read then."""
     optimizer: bool = True
@@ -48,6 +48,11 @@ class FromRun(Settings):
             f"start.step {self.step} and start.tokens {self.tokens} both name the parent's save",
             fix="give one of them",
         )
+
+    @property
+    def names_save(self) -> bool:
+        """Whether it is to be this save of the parent and no other; else it is the newest good one."""
+        return self.step is not None or self.tokens is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_octo import lineage, rundir
+from megatron_octo import checksums, console, lineage, rundir
 from megatron_octo.config.base import read_settings
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.hf_folder import read_model_config
@@ -27,26 +27,41 @@ MOST_PADDING = 128 * 64
 
 
 def find_save(path: Path) -> Path:
-    """The folder of a save: `path` itself, or the last whole save of the run folder or Megatron-LM's folder `path`.
+    """The folder of a save: `path` itself, or the newest good save of the run folder or Megatron-LM's folder `path`.
+
+    A save that has checksums is read once, to compare it with them. A run's damaged saves are passed over, with a
+    warning each.
 
     Raises:
-        BadInput: it is none of these.
+        BadInput: it is none of these, or is damaged.
     """
     if not path.is_dir():
         raise BadInput(f"no folder {path}", fix="give a run folder, one of its checkpoints/step_*, or an imported base")
-    if (path / MODEL_FILE).exists():
-        if not rundir.is_done(path):
-            raise BadInput(f"save {path} is torn: it has no {rundir.DONE}", fix="give another save")
+    if (path / MODEL_FILE).exists() or checksums.is_sealed(path):
+        if damage := _damage(path):
+            raise BadInput(
+                f"the save {path} is damaged: {damage}",
+                fix="give another save; a run's folder stands for its newest good one",
+            )
         return path
     if (path / FORMAT_FILE).exists():
         return path
     if (path / LATEST).exists():
         latest = (path / LATEST).read_text().strip()
         return find_save(path / (f"iter_{int(latest):07d}" if latest.isdigit() else latest))
-    whole = sorted(step for step in path.glob(STEPS) if rundir.is_done(step))
-    if not whole:
-        raise BadInput(f"{path} has no whole save in {STEPS}", fix="train first, or give another folder")
-    return whole[-1]
+    for save in sorted(path.glob(STEPS), reverse=True):
+        damage = _damage(save)
+        if not damage:
+            return save
+        console.logger(__name__).warning("%s is damaged (%s): passed over for the save before it", save, damage)
+    raise BadInput(f"{path} has no whole save in {STEPS}", fix="train first, or give another folder")
+
+
+def _damage(save: Path) -> str:
+    """What is wrong with a save, empty if nothing is. An import has no checksums: only its DONE is asked for."""
+    if rundir.is_done(save) and not checksums.is_sealed(save):
+        return ""
+    return "; ".join(checksums.faults(save))
 
 
 class Save:

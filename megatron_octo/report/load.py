@@ -130,7 +130,7 @@ def _start_tokens(stable: MidTrainConfig | None, train: MidTrainConfig) -> int:
     if stable is None:
         return 0
     start = train.start
-    if not isinstance(start, FromRun) or (start.step is None and start.tokens is None):
+    if not isinstance(start, FromRun) or not start.names_save:
         return stable.budget.train_tokens
     return start.tokens if start.tokens is not None else (start.step or 0) * stable.batch_tokens
 

@@ -38,8 +38,15 @@ from megatron_octo.train.marks import Marks, marks
 from megatron_octo.train.metrics import Metrics
 from megatron_octo.train.observer import Observer
 from megatron_octo.train.optimizer import build_optimizer, follow_weights, set_numbers, set_rates
-from megatron_octo.train.saver import Saver, newest_good, require_good
-from megatron_octo.train.start import check_budget, data_phases, newest_readable, shared_data, start_folder
+from megatron_octo.train.saver import Saver, newest_good, newest_good_of_parent, require_good
+from megatron_octo.train.start import (
+    check_branch,
+    check_budget,
+    data_phases,
+    newest_readable,
+    shared_data,
+    start_folder,
+)
 from megatron_octo.train.state import TrainState, read_state
 from megatron_octo.train.step import train_step
 from megatron_octo.train.straggler import Straggler
@@ -180,7 +187,7 @@ def _train(
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     plan, here = inputs.plan, place()
-    save = _good_save(config, inputs, run)
+    save, inputs = _good_save(config, inputs, run)
     cut = not config.data.across_documents  # then every stage finds the documents' borders in the tokens
     if here.is_source:
         _write_records(config, inputs, platform, run)
@@ -268,13 +275,22 @@ def _train(
         _close(config, run, state)
 
 
-def _good_save(config: MidTrainConfig, inputs: Inputs, run: Path) -> Path | None:
-    """The save that the run goes on from; None at its start, which its parent's save is good for. All ranks call it."""
+def _good_save(config: MidTrainConfig, inputs: Inputs, run: Path) -> tuple[Path | None, Inputs]:
+    """The save that the run goes on from; at its start None, and the inputs with a good save of its parent.
+
+    All ranks call it. Good is the save that the settings name, or the parent's newest whose checksums hold.
+    """
     save = newest_good(run)
-    if save is None and isinstance(config.start, FromRun):
-        assert inputs.start_folder is not None
+    if save is not None or not isinstance(config.start, FromRun):
+        return save, inputs
+    assert inputs.start_folder is not None
+    if config.start.names_save:
         require_good(inputs.start_folder)
-    return save
+        return None, inputs
+    parent = newest_good_of_parent(rundir.run_folder(config.start.run))
+    if parent != inputs.start_folder:  # of that one the records alone were good
+        check_branch(config, config.start, inputs.mixture, parent)
+    return None, replace(inputs, start_folder=parent, parent=lineage.read(parent))
 
 
 def _close(config: MidTrainConfig, run: Path, state: TrainState) -> None:

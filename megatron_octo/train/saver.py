@@ -17,6 +17,7 @@ from megatron_octo.budget.saves import is_due, superseded
 from megatron_octo.config.base import to_dict
 from megatron_octo.console import logger
 from megatron_octo.errors import BadInput
+from megatron_octo.platform.process_group import world
 from megatron_octo.train.checkpoint import FIX, Writing
 from megatron_octo.train.distributed import from_source, on_source, together
 from megatron_octo.train.state import saved_steps
@@ -123,7 +124,7 @@ class Saver:
 
     def _tidy(self, newest: Path) -> None:
         """Name the newest save, and remove what it supersedes and what killed attempts left."""
-        rundir.write_atomic(newest.with_name(LATEST), f"{int(newest.name[5:])}\n")
+        rundir.write_atomic(newest.with_name(LATEST), f"{_step(newest)}\n")
         steps = saved_steps(self._run)
         gone = superseded(self._config.save, steps, batch_tokens=self._config.batch_tokens)
         in_use = self._observer.saves_in_use()
@@ -141,20 +142,44 @@ def newest_good(run: Path) -> Path | None:
     Raises:
         BadInput: there are saves and none is good; nothing was changed.
     """
+    fix = "bring one back from a copy; to start over, give the run another name (--name)"
+    good, damaged = _newest_good(run, fix=fix)
+    if good is not None:
+        on_source(f"{run}/checkpoints is not in order", lambda: _set_aside(damaged, good), fix=FIX)
+    return good
+
+
+def newest_good_of_parent(parent: Path) -> Path:
+    """The newest save of another run whose checksums hold, with a warning for each damaged one after it.
+
+    All ranks call it. The parent is only read.
+
+    Raises:
+        BadInput: it has none.
+    """
+    good, damaged = _newest_good(parent, fix="bring one back from a copy, or start from another run")
+    assert good is not None, f"{parent} has no saves"
+    if world().rank == 0:
+        for folder, wrong in damaged:
+            logger(__name__).warning(
+                "%s is damaged (%s): this stage starts from the parent's step %s, not from its step %s",
+                *(folder, wrong, f"{_step(good):,}", f"{_step(folder):,}"),
+            )
+    return good
+
+
+def _newest_good(run: Path, *, fix: str) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """A run's newest save whose checksums hold, if there are saves, and the damaged ones after it, each with why."""
     damaged: list[tuple[Path, str]] = []
     for folder in from_source(sorted((run / "checkpoints").glob(STEPS), reverse=True)):
         wrong = _faults(folder)
         if not wrong:
-            on_source(f"{run}/checkpoints is not in order", lambda: _set_aside(damaged, folder), fix=FIX)  # noqa: B023
-            return folder
+            return folder, damaged
         damaged.append((folder, wrong))
     if damaged:
         lines = "\n".join(f"  {folder.name}: {wrong}" for folder, wrong in damaged)
-        raise BadInput(
-            f"{run} has saves, and none of them is good:\n{lines}",
-            fix="bring one back from a copy; to start over, give the run another name (--name)",
-        )
-    return None
+        raise BadInput(f"{run} has saves, and none of them is good:\n{lines}", fix=fix)
+    return None, []
 
 
 def require_good(save: Path) -> None:
@@ -165,7 +190,7 @@ def require_good(save: Path) -> None:
     """
     wrong = _faults(save)
     if wrong:
-        steps = ", ".join(f"{step:,}" for step in saved_steps(save.parents[1]) if step != int(save.name[5:]))
+        steps = ", ".join(f"{step:,}" for step in saved_steps(save.parents[1]) if step != _step(save))
         raise BadInput(
             f"the save {save} is damaged: {wrong}",
             fix=f"start from another save of that run (--start.step); it has saves at steps {steps or '- none'}",
@@ -188,7 +213,11 @@ def _set_aside(damaged: Sequence[tuple[Path, str]], good: Path) -> None:
         folder.replace(aside)
         logger(__name__).warning("%s is damaged (%s): set aside as %s", folder, wrong, aside.name)
     if damaged:
-        rundir.write_atomic(good.with_name(LATEST), f"{int(good.name[5:])}\n")
+        rundir.write_atomic(good.with_name(LATEST), f"{_step(good)}\n")
+
+
+def _step(save: Path) -> int:
+    return int(save.name.removeprefix("step_"))
 
 
 def _remove(path: Path) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_octo import rundir
+from megatron_octo import checksums, rundir
 from megatron_octo.budget.ledger import Phase, Stream, next_phases, read_ledger
 from megatron_octo.budget.schedule import rate_at
 from megatron_octo.config.base import read_settings
@@ -20,6 +20,9 @@ from megatron_octo.data.mixture import Mixture, check_unchanged
 from megatron_octo.errors import BadInput
 from megatron_octo.model.weights import check_shape
 from megatron_octo.train.state import UNREADABLE, read_state, readable_states, saved_steps
+
+RECORDS = "*.json"
+"""Of a save: what is checked before torch loads."""
 
 
 def start_folder(config: MidTrainConfig, mixture: Mixture) -> Path | None:
@@ -32,7 +35,7 @@ def start_folder(config: MidTrainConfig, mixture: Mixture) -> Path | None:
         folder = _import(config.start)
     elif isinstance(config.start, FromRun):
         folder = _parent_save(config.start, config.name)
-        _check_branch(config, config.start, mixture, folder)
+        check_branch(config, config.start, mixture, folder)
     else:
         return None
     check_shape(config.model, folder)
@@ -129,10 +132,11 @@ def _import(start: FromImport) -> Path:
 
 
 def _parent_save(start: FromRun, name: str) -> Path:
+    """The save that is named, else the newest whose records are good; its weights are hashed later, by all ranks."""
     parent = rundir.run_folder(start.run)
     if start.run == name:
         raise BadInput(f"the run {name} cannot start from itself", fix="give the branch another name (--name)")
-    if start.step is None and start.tokens is None and not rundir.is_done(parent):
+    if not start.names_save and not rundir.is_done(parent):
         state = "has not finished" if parent.exists() else "does not exist"
         raise BadInput(
             f"the parent run {parent} {state}",
@@ -144,14 +148,15 @@ def _parent_save(start: FromRun, name: str) -> Path:
     elif start.tokens is not None:
         which, found = f" at {start.tokens:,} tokens", [step for step in saves if saves[step] == start.tokens]
     else:
-        which, found = "", list(saves)
+        good = [step for step in saves if not checksums.faults(rundir.step_folder(parent, step), only=RECORDS)]
+        which, found = " whose checksums hold", good
     if not found:
         listing = ", ".join(f"{tokens:,} tokens (step {step:,})" for step, tokens in saves.items())
         raise BadInput(f"the parent run {parent} has no save{which}", fix=f"its saves: {listing or 'none'}")
     return rundir.step_folder(parent, found[-1])
 
 
-def _check_branch(config: MidTrainConfig, start: FromRun, mixture: Mixture, save: Path) -> None:
+def check_branch(config: MidTrainConfig, start: FromRun, mixture: Mixture, save: Path) -> None:
     """Refuse a branch that its parent's save does not lead into.
 
     Raises:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_octo import lineage, rundir
+from megatron_octo import checksums, lineage, rundir
 from megatron_octo.cli import app
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
-from tests.conftest import REPOSITORY, Octo, snapshot, word_tokenizer
+from tests.conftest import REPOSITORY, Octo, flip_bit, snapshot, word_tokenizer
 
 RECIPE = f"{REPOSITORY / 'recipes/miniature.py'}:pipeline"
 Run = Callable[..., tuple[int, str, str]]
@@ -133,8 +133,12 @@ def test_bad_input_is_told_and_changes_nothing(convert: Run, run_folder: Path, m
         rundir.write_json(runs / name / "config.json", {**config, **changes})
     cut = Path(shutil.copytree(base, runs / "cut"))
     (cut / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1])
-    torn = Path(shutil.copytree(save, rundir.step_folder(run_folder, 6)))
-    (torn / "DONE").unlink()
+    torn, flipped = (Path(shutil.copytree(save, rundir.step_folder(run_folder, step))) for step in (6, 7))
+    for folder in (torn, flipped):
+        (folder / "DONE").unlink()
+    checksums.seal(flipped, {})
+    (weights,) = flipped.glob("*.distcp")
+    flip_bit(weights)
     (runs / "notes").mkdir()
     (runs / "notes/a.txt").write_text("kept")
     before = snapshot(runs)
@@ -148,7 +152,9 @@ def test_bad_input_is_told_and_changes_nothing(convert: Run, run_folder: Path, m
         ("from-hf", base, runs / "notes", "--overwrite"): "holds something else",
         ("to-hf", runs / "absent"): "no folder",
         ("to-hf", base, runs / "out"): "no whole save",
-        ("to-hf", torn, runs / "out"): "is torn: it has no DONE",
+        ("to-hf", torn, runs / "out"): "is damaged: it has no DONE",
+        ("to-hf", flipped, runs / "out"): f"is damaged: {weights.name} is not as it was written",
+        ("verify", flipped, base): f"is damaged: {weights.name} is not as it was written",
         ("to-hf", save, runs / "out", "--tokenizer", runs / "notes"): "no tokenizer",
         ("to-hf", save, run_folder): "holds something else",
         ("verify", save, runs / "notes"): "no *.safetensors",

@@ -20,12 +20,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_octo import checksums, rundir
+from megatron_octo import checksums, lineage, rundir
 from megatron_octo.config.train import FromRun, ParallelConfig, SaveConfig
 from megatron_octo.convert.torch_dist import Reader
 from megatron_octo.train.saver import newest_good
 from megatron_octo.train.state import read_state, saved_steps
-from tests.conftest import snapshot
+from tests.conftest import flip_bit, snapshot
 from tests.cpu.zygote import Zygote, octo, rows
 from tests.prepared import BATCH, stage, write_data
 
@@ -341,6 +341,23 @@ def test_a_branch_does_not_start_from_a_damaged_save(run: Path, data: Path, tmp_
     branch = replace(stage(data, "branch", steps=2), start=FromRun(run="run", step=OLD))
     assert octo(zygote, branch, tmp_path).wait() == [2]
     assert "is damaged: model.json is not as it was written" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("name", ["state.json", "__0_0.distcp"])
+def test_a_branch_that_names_no_save_starts_from_the_newest_good_one_and_says_so(
+    name: str, run: Path, data: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    flip_bit(rundir.step_folder(run, NEW) / name)
+    rundir.mark_done(run)
+    before = snapshot(run)
+    branch = replace(stage(data, "branch", steps=2), start=FromRun(run="run"))
+    assert octo(zygote, branch, tmp_path).wait() == [0]
+    log = (tmp_path / "log").read_text()
+    assert f"step_00000005 is damaged ({name} is not as it was written: its checksum differs)" in log
+    assert "starts from the parent's step 4, not from its step 5" in log
+    parent = lineage.read(run.with_name("branch")).parent
+    assert parent is not None and parent.step == OLD
+    assert snapshot(run) == before
 
 
 # ---- code in a save

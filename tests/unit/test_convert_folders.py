@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_octo import lineage, rundir
+from megatron_octo import checksums, lineage, rundir
 from megatron_octo.budget.ledger import LedgerRecord, SourceTokens
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.model import ModelConfig
@@ -28,7 +28,7 @@ from megatron_octo.convert.save import MOST_PADDING, Save, find_save
 from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model import mapping
-from tests.conftest import snapshot
+from tests.conftest import flip_bit, snapshot
 
 MODEL = ModelConfig(
     hidden_size=16,
@@ -535,11 +535,35 @@ def test_a_run_folder_stands_for_its_last_whole_save(made: Path, tmp_path: Path)
     for step in (1, 2, 10):
         shutil.copytree(made / "import", rundir.step_folder(tmp_path, step))
     (rundir.step_folder(tmp_path, 10) / "DONE").unlink()
-    assert find_save(tmp_path) == rundir.step_folder(tmp_path, 2)
+    assert find_save(tmp_path) == rundir.step_folder(tmp_path, 2)  # imports, which have no checksums
     assert find_save(rundir.step_folder(tmp_path, 1)) == rundir.step_folder(tmp_path, 1)
     for torn in (rundir.step_folder(tmp_path, 10), tmp_path / "checkpoints", tmp_path / "absent"):
         with pytest.raises(BadInput):
             find_save(torn)
+
+
+def test_a_save_with_a_changed_byte_in_any_file_is_passed_over_with_a_warning_and_refused_if_named(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = (Path(shutil.copytree(made / "import", rundir.step_folder(tmp_path, step))) for step in (1, 2))
+    for save in (old, new):
+        (save / rundir.DONE).unlink()
+        checksums.seal(save, {})
+    assert find_save(tmp_path) == find_save(new) == new and not caplog.text
+    for path in sorted(new.iterdir()):
+        whole = path.read_bytes()
+        for damage in (flip_bit, Path.unlink):
+            damage(path)
+            caplog.clear()
+            assert find_save(tmp_path) == old, (damage, path)
+            assert f"{new} is damaged ({path.name}" in caplog.text or path.name in (rundir.DONE, checksums.FILE)
+            with pytest.raises(BadInput, match=rf"{new} is damaged"):
+                find_save(new)
+            path.write_bytes(whole)
+    flip_bit(new / "model.json")
+    flip_bit(old / "lineage.json")
+    with pytest.raises(BadInput, match="no whole save"):
+        find_save(tmp_path)
 
 
 def plain(folder: Path, num_rows: int) -> Path:

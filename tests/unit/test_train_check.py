@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_octo import lineage, rundir
+from megatron_octo import checksums, lineage, rundir
 from megatron_octo.budget.ledger import Block, LedgerRecord, Phase, Stream
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.data import SourceConfig
@@ -30,7 +30,7 @@ from megatron_octo.errors import BadInput
 from megatron_octo.train.run import check, finished
 from megatron_octo.train.start import data_phases, shared_data
 from megatron_octo.train.state import TrainState, latest_save, saved_steps
-from tests.conftest import REPOSITORY, snapshot
+from tests.conftest import REPOSITORY, flip_bit, snapshot
 from tests.prepared import MODEL, SEQ_LENGTH, stage, write_data, write_source
 
 
@@ -130,6 +130,27 @@ def test_a_parents_save_by_its_tokens(config):
         check(replace(config, start=FromRun(run="stable", tokens=tokens + 1)), 1)
     assert f"no save at {tokens + 1:,} tokens" in refused.value.what
     assert refused.value.fix == "its saves: 1,280 tokens (step 5), 2,560 tokens (step 10)"
+
+
+def test_a_parents_newest_save_whose_records_are_damaged_is_passed_over_and_refused_if_named(config):
+    saves = [_save("stable", step, config, done=False) for step in (5, 10)]
+    for folder in saves:
+        checksums.seal(folder, {})
+    rundir.mark_done(rundir.run_folder("stable"))
+    branch = replace(config, start=FromRun(run="stable"))
+    assert check(branch, 1).start_folder == saves[1]
+    for name in ("state.json", "config.json", "model.json"):
+        path = saves[1] / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9])
+        assert check(branch, 1).start_folder == saves[0], name
+        with pytest.raises(BadInput):
+            check(replace(branch, start=FromRun(run="stable", step=10)), 1)
+        path.write_bytes(whole)
+    for folder in saves:
+        flip_bit(folder / "ledger.json")
+    with pytest.raises(BadInput, match="has no save whose checksums hold"):
+        check(branch, 1)
 
 
 def test_a_branch_cannot_start_from_itself(config):
