@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_octo import lineage, rundir, stage_log
+from megatron_octo import checksums, lineage, rundir, stage_log
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
@@ -61,7 +61,7 @@ def write_stable_saves(name: str, *steps: int) -> None:
         save = rundir.step_folder(rundir.run_folder(name), step)
         rundir.write_json(save / "model.json", to_dict(config.model))
         TrainState(step=step, tokens=step * config.batch_tokens).write(save)
-        rundir.mark_done(save)
+        checksums.seal(save, {})
     rundir.mark_done(rundir.run_folder(name))
 
 
