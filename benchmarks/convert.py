@@ -38,23 +38,16 @@ from typing import Any
 import psutil
 
 from megatron_octo import lineage
+from megatron_octo.config.load import load_recipe
 from megatron_octo.config.model import ModelConfig
+from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.convert import hf_folder
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.model import mapping
 from megatron_octo.platform.process import GIB, family_memory_gib, octo_command
 
-LLAMA_8B = ModelConfig(
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    ffn_size=14_336,
-    vocab_size=128_256,
-    tied_embeddings=False,
-    rope_factor=8.0,
-    max_positions=131_072,
-)
+RECIPE = Path(__file__).parent.parent / "recipes" / "llama31_8b.py"
+LLAMA_8B = load_recipe(f"{RECIPE}:stable_200b", MidTrainConfig).model
 SHAPES = {
     "8b": LLAMA_8B,
     "70b": replace(LLAMA_8B, hidden_size=8192, num_layers=80, num_heads=64, ffn_size=28_672, head_dim=128),
