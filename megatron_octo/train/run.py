@@ -115,18 +115,19 @@ def train(config: MidTrainConfig, *, reweigh: bool = False) -> None:
         rundir.check_free(run)
     inputs, platform = check(config, me.size, reweigh=reweigh), resolve()
     check_platform(config, platform)
-    with contextlib.ExitStack() as stack:
-        if me.rank == 0:
-            stack.enter_context(rundir.lock(run))
-        beside = stack.enter_context(marks(run, config)) if me.rank == 0 else None
-        graphs = config.compute.cuda_graphs
-        stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed, cuda_graphs=graphs))
-        signals = stack.enter_context(stop_signals())  # until here they end a rank that waits for another one
-        log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
-        if missing := fp8_missing(config.precision, platform):
-            log.warning("training in bf16: precision.fp8 %s needs %s", config.precision.fp8, missing)
-        alive = stack.enter_context(watchdog(run, config.watch.hang_timeout_s))
-        _train(config, inputs, platform, run, signals=signals, alive=alive, beside=beside)
+    with rundir.lock(run) if me.rank == 0 else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            beside = stack.enter_context(marks(run, config)) if me.rank == 0 else None
+            graphs = config.compute.cuda_graphs
+            stack.enter_context(model_parallel(platform, config.parallel, seed=config.seed, cuda_graphs=graphs))
+            signals = stack.enter_context(stop_signals())  # until here they end a rank that waits for another one
+            log.info("%s on %s\n%s", config.name, platform.describe(), inputs.plan.arithmetic(config))
+            if missing := fp8_missing(config.precision, platform):
+                log.warning("training in bf16: precision.fp8 %s needs %s", config.precision.fp8, missing)
+            alive = stack.enter_context(watchdog(run, config.watch.hang_timeout_s))
+            state = _train(config, inputs, platform, run, signals=signals, alive=alive, beside=beside)
+        if me.rank == 0:  # the marks have ended too: a rerun would take up those that were cut off
+            _close(config, run, state)
 
 
 def finished(config: MidTrainConfig, *, reweigh: bool = False) -> bool:
@@ -179,8 +180,8 @@ def _train(
     signals: Sequence[Signals],
     alive: Callable[[], None],
     beside: Marks | None,
-) -> None:
-    """The stage, inside its process group.
+) -> TrainState:
+    """The stage, inside its process group; returns where it ended.
 
     `signals` are those that asked this rank to stop; `alive` is called when something has ended; rank 0 has `beside`.
     """
@@ -271,8 +272,7 @@ def _train(
     saver.wait()
 
     observer.finished(stopped=stopped)
-    if here.is_source:
-        _close(config, run, state)
+    return state
 
 
 def _good_save(config: MidTrainConfig, inputs: Inputs, run: Path) -> tuple[Path | None, Inputs]:

@@ -254,6 +254,11 @@ def test_what_fails_beside_the_training_is_a_warning(run, log):
     assert "no problem file" in (run("marked") / "log" / "mark_00000007.txt").read_text()
 
 
+def test_a_run_is_done_when_what_it_started_has_ended(run):
+    log, done = run("marked") / "log" / "mark_00000007.txt", run("marked") / rundir.DONE
+    assert log.stat().st_mtime_ns <= done.stat().st_mtime_ns
+
+
 def test_a_mark_that_is_done_is_not_started_again(run, folder):
     assert rundir.is_done(run("marked-resumed"))
     text = (run("marked-resumed") / "log" / "mark_00000007.txt").read_text()
