@@ -150,7 +150,7 @@ def write_weights(
     """Write safetensors: one file, or numbered ones with an index where they would exceed `max_file_bytes`.
 
     Tensors of one sequence are written into one file; all are made in their order. `check` hears of each file once it
-    is on the disk. A file that is in `folder` already is whole, and stays. Returns one SHA-256 over the files.
+    is written. A file that is in `folder` already is whole, and stays. Returns one SHA-256 over the files.
     """
     import torch
 
@@ -167,8 +167,9 @@ def write_weights(
     with console.byte_meter("write weights", total) as wrote:
         wrote(there)
         digest = write_files(
-            [folder / name for name in files],
-            lambda temporary, path: safetensors_file.write(temporary, files[path.name], torch_dtype, wrote=wrote),
+            folder,
+            list(files),
+            lambda path: safetensors_file.write(path, files[path.name], torch_dtype, wrote=wrote),
             lambda path: check(Weights(path)),
         )
     if len(files) > 1:

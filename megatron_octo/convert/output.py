@@ -14,6 +14,7 @@ from megatron_octo import console, lineage, rundir
 from megatron_octo.errors import BadInput
 
 PLAN = "plan.json"
+UNFINISHED = "unfinished"
 MAX_FILE_BYTES = 2_000_000_000
 """Largest weight file written: small enough to be in the page cache still when it is read back."""
 
@@ -40,7 +41,7 @@ def check_room(output: Path, num_bytes: int) -> None:
     Raises:
         BadInput: so it is.
     """
-    left = sum(path.stat().st_size for path in _partial_folder(output).glob("*"))
+    left = sum(path.stat().st_size for path in _partial_folder(output).rglob("*"))
     free = rundir.free_bytes(output) + left
     if free < num_bytes:
         raise BadInput(
@@ -62,8 +63,9 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     rundir.clear_stale(output)
     with rundir.lock(partial):
         same = (partial / PLAN).exists() and rundir.read_json(partial / PLAN) == plan
+        shutil.rmtree(partial / UNFINISHED, ignore_errors=True)
         for path in partial.iterdir():
-            if path.name != rundir.LOCK and not (same and path.suffix != ".tmp"):
+            if path.name != rundir.LOCK and not same:
                 path.unlink()
         rundir.write_json(partial / PLAN, plan)
         try:
@@ -95,29 +97,36 @@ def into_files[T](items: Iterable[T], num_bytes: Callable[[T], int], max_file_by
     return files
 
 
-def write_files(paths: Sequence[Path], write: Callable[[Path, Path], None], check: Callable[[Path], None]) -> str:
-    """Write files, one after the other, and hash and check each once it is on the disk, while the next is written.
+def write_files(
+    folder: Path, names: Sequence[str], write: Callable[[Path], None], check: Callable[[Path], None]
+) -> str:
+    """Write files into `folder`, one after the other; hash and check each while the next is written.
 
-    `write` is given a temporary path, and the one that the file gets when it is whole. A file that is there already is
-    whole, and only checked. Returns one SHA-256 over all.
+    `write` and `check` are given the path in a folder beside, of which a file leaves once it is checked and on the
+    disk. One that is in `folder` already is whole, and only checked. Returns one SHA-256 over all.
     """
+    unfinished = folder / UNFINISHED
+    unfinished.mkdir()
 
-    def end(temporary: Path, path: Path) -> str:
-        if not path.exists():
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+    def end(path: Path) -> str:
         digest = rundir.sha256(path)
         check(path)
+        if path.parent == unfinished:
+            with path.open("rb") as file:  # much of it is on the disk by now
+                os.fsync(file.fileno())
+            path.replace(folder / path.name)
         return digest
 
     sums: dict[str, Future[str]] = {}
     with ThreadPoolExecutor(1) as pool:
-        for path in paths:
-            temporary = path.with_name(f".{path.name}.tmp")
+        for name in names:
+            path = folder / name
             if not path.exists():
-                write(temporary, path)
+                path = unfinished / name
+                write(path)
             for before in sums.values():
                 before.result()  # its error ends the work; what is checked late has left the page cache
-            sums[path.name] = pool.submit(end, temporary, path)
-        return rundir.sha256_files({name: digest.result() for name, digest in sums.items()})
+            sums[name] = pool.submit(end, path)
+        digest = rundir.sha256_files({name: each.result() for name, each in sums.items()})
+    unfinished.rmdir()
+    return digest

@@ -182,9 +182,9 @@ def write(
 ) -> str:
     """Write a `torch_dist` checkpoint that megatron loads at any parallel layout; holds a few pieces at a time.
 
-    The pieces of a key tile it. `folder` exists. `check` hears of the pieces of each file once it is on the disk, with
-    a reader of what was written so far. A file that is in `folder` already is whole, and stays; the index, written
-    with each file, knows it. Returns one SHA-256 over the files.
+    The pieces of a key tile it. `folder` exists. `check` hears of the pieces of each file once it is written, with a
+    reader of that file. A file that is in `folder` already is whole, and stays; the index, written with each file,
+    knows it. Returns one SHA-256 over the files.
 
     Raises:
         VerificationError: the index cannot be read back; or what `check` raises.
@@ -196,20 +196,20 @@ def write(
 
     index = Metadata(_descriptions(pieces), storage_data={}, version=CURRENT_DCP_VERSION)
     groups = into_files(pieces, Piece.num_bytes, max_file_bytes)
-    files = {folder / f"__0_{number}.distcp": group for number, group in enumerate(groups)}
+    files = {f"__0_{number}.distcp": group for number, group in enumerate(groups)}
 
-    def add(file: BinaryIO, path: Path, where: MetadataIndex, content: object) -> None:
+    def add(file: BinaryIO, name: str, where: MetadataIndex, content: object) -> None:
         start = file.tell()
         with serialization.patch("save.compute_crc32", False):  # a third of the time; torch.load looks at none
             torch.save(content, file)
-        index.storage_data[where] = _StorageInfo(path.name, start, file.tell() - start)
+        index.storage_data[where] = _StorageInfo(name, start, file.tell() - start)
 
-    def write_file(temporary: Path, path: Path) -> None:
-        with temporary.open("wb") as file:
-            if path == next(iter(files)):
-                add(file, path, MetadataIndex(COMMON_STATE), [{}])
-            for piece in files[path]:
-                add(file, path, MetadataIndex(piece.key, piece.offset), _alone(piece.make()))
+    def write_file(path: Path) -> None:
+        with path.open("wb") as file:
+            if path.name == next(iter(files)):
+                add(file, path.name, MetadataIndex(COMMON_STATE), [{}])
+            for piece in files[path.name]:
+                add(file, path.name, MetadataIndex(piece.key, piece.offset), _alone(piece.make()))
                 start_writing(file)
                 wrote(piece.num_bytes())
         write_atomic(folder / INDEX, pickle.dumps(index))
@@ -218,8 +218,10 @@ def write(
     if (folder / INDEX).exists():
         index.storage_data.update(read_index(folder).storage_data)
     with console.byte_meter("write weights", sum(piece.num_bytes() for piece in pieces)) as wrote:
-        wrote(sum(piece.num_bytes() for path, group in files.items() if path.exists() for piece in group))
-        digest = write_files(list(files), write_file, lambda path: check(Reader(folder, index), files[path]))
+        wrote(sum(piece.num_bytes() for name, group in files.items() if (folder / name).exists() for piece in group))
+        digest = write_files(
+            folder, list(files), write_file, lambda path: check(Reader(path.parent, index), files[path.name])
+        )
     if read_index(folder) != index:
         raise VerificationError(f"{folder / INDEX} is not what was written", fix="look after the disk; convert again")
     write_json(folder / FORMAT_FILE, FORMAT)

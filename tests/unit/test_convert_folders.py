@@ -239,19 +239,19 @@ def test_a_bit_that_the_disk_turns_is_found(
         monkeypatch.setitem(function.__kwdefaults__, "max_file_bytes", 4096)
     write_files = output.write_files
 
-    def spoil(write: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
-        def spoilt(temporary: Path, path: Path) -> None:
-            write(temporary, path)
+    def spoil(write: Callable[[Path], None]) -> Callable[[Path], None]:
+        def spoilt(path: Path) -> None:
+            write(path)
             number = load_folder(made / "base")["lm_head.weight"].numpy().tobytes()[-64:]
-            content = temporary.read_bytes()
+            content = path.read_bytes()
             if number in content:
-                temporary.write_bytes(content.replace(number, number[:-1] + bytes([number[-1] ^ 1])))
+                path.write_bytes(content.replace(number, number[:-1] + bytes([number[-1] ^ 1])))
 
         return spoilt
 
     for module in (torch_dist, hf_folder):
         monkeypatch.setattr(
-            module, "write_files", lambda paths, write, check, **more: write_files(paths, spoil(write), check, **more)
+            module, "write_files", lambda folder, names, write, check: write_files(folder, names, spoil(write), check)
         )
 
     def convert(verify: bool) -> None:
@@ -266,19 +266,30 @@ def test_a_bit_that_the_disk_turns_is_found(
     convert(verify=False)
 
 
-def test_a_file_is_on_the_disk_before_it_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_has_its_name_once_it_is_checked_and_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "old").write_text("whole already")
-    synced, checked = [], []
-    monkeypatch.setattr(output.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    done: list[tuple[str, bool]] = []
+
+    def sync(descriptor: int) -> None:
+        (path,) = (each for each in (tmp_path / output.UNFINISHED).iterdir() if each.samefile(f"/dev/fd/{descriptor}"))
+        done.append((f"sync {path.name}", (tmp_path / path.name).exists()))
+
+    monkeypatch.setattr(output.os, "fsync", sync)
 
     def check(path: Path) -> None:
-        checked.append((path.name, path.read_text(), path.stat().st_ino in synced))
+        done.append((f"check {path.name} {path.read_text()}", (tmp_path / path.name).exists()))
 
     names = ["first", "old", "last"]
-    digest = output.write_files(
-        [tmp_path / name for name in names], lambda temporary, path: temporary.write_text(path.name), check
-    )
-    assert sorted(checked) == [("first", "first", True), ("last", "last", True), ("old", "whole already", False)]
+    digest = output.write_files(tmp_path, names, lambda path: path.write_text(path.name), check)
+    assert done == [
+        ("check first first", False),
+        ("sync first", False),
+        ("check old whole already", True),
+        ("check last last", False),
+        ("sync last", False),
+    ]
     assert digest == rundir.sha256_folder(tmp_path, "*")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
