@@ -8,8 +8,8 @@ tenth, R1-Zero. It shows that the road works; it is no evidence about reasoning.
 
 Hardware: 2 cores, 8 GiB. Time and accuracies: docs/benchmarks.md.
 
-Every recipe here is `road(...)` or a stage of it; `road` takes what varies: the name that all folders begin with, the
-seed, and whether questions keep their own answers.
+Every recipe here is `road(...)`, its `control(...)` or a stage of them; `road` takes what varies: the name that all
+folders begin with, the seed, and whether questions keep their own answers.
 """
 
 from collections.abc import Sequence
@@ -115,7 +115,7 @@ def pipeline() -> PipelineConfig:
 
 def shuffled_answers() -> PipelineConfig:
     """The control: each question has the answer of another, so only the form can be learnt; no RL."""
-    return replace(road(name=f"{NAME}-shuffled", branches=("short",), shuffle_answers=True), rl=(), evaluate_after=None)
+    return control()
 
 
 def road(
@@ -161,6 +161,12 @@ def road(
         evaluate_after=_evaluate(home, {each.name: each.output / "hf" for each in rl}),
         train_ranks=2,
     )
+
+
+def control(name: str = NAME, *, seed: int = 0) -> PipelineConfig:
+    """The control of `road(name, seed=seed)`."""
+    shuffled = road(f"{name}-shuffled", seed=seed, branches=("short",), shuffle_answers=True)
+    return replace(shuffled, rl=(), evaluate_after=None)
 
 
 def _stable(name: str, seed: int = 0) -> MidTrainConfig:

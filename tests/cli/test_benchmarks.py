@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_octo import rundir
 from megatron_octo.config.load import load_recipe
+from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.config.rl import RLConfig
 from tests.conftest import REPOSITORY
 
@@ -57,3 +59,44 @@ def test_a_step_of_rl_is_split_into_shares_of_the_median_step() -> None:
     assert said["share"] == {"generation": 0.65, "experience": 0.1, "update": 0.2, "sync": 0.05}
     assert said["ours_seconds"] == {"reward": 0.128, "follower": 0.022}
     assert said["ours_share"] == 0.015
+
+
+def test_the_miniature_of_another_seed_has_folders_of_its_own_and_draws_everything_anew(runs: Path) -> None:
+    benchmark = runpy.run_path(str(REPOSITORY / "benchmarks/miniature.py"))
+    recipe = f"{REPOSITORY}/recipes/miniature.py"
+    shipped = tuple(load_recipe(f"{recipe}:{name}", PipelineConfig) for name in ("pipeline", "shuffled_answers"))
+    assert benchmark["pipelines"](0) == shipped
+    road, control = benchmark["pipelines"](2)
+    assert (road.name, control.name) == ("miniature-seed2", "miniature-seed2-shuffled")
+    outputs = [road.corpora.output, road.import_folder, *(rl.output for rl in road.rl), control.corpora.output]
+    assert all(str(output).startswith(f"{runs}/miniature-seed2") for output in outputs)
+    assert {road.corpora.seed, road.base.seed, road.stable.seed, *(rl.seed for rl in road.rl)} == {2}
+    assert control.corpora.seed == 2 and control.corpora.shuffle_answers
+
+
+def test_the_miniature_is_compared_over_seeds_by_paired_changes(runs: Path) -> None:
+    benchmark = runpy.run_path(str(REPOSITORY / "benchmarks/miniature.py"))
+    seeds = []
+    for seed, change in enumerate((0.25, 0.5, 0.75)):
+        road, control = benchmark["pipelines"](seed)
+        accuracies = {control.branches[0].name: 0.05, road.stable.name: 0.1}
+        accuracies |= {stage.name: 0.1 * seed for stage in road.branches}
+        accuracies |= {rl.name: 0.1 * seed + change for rl in road.rl}
+        for name, accuracy in accuracies.items():
+            scores = {"accuracy": accuracy, "accuracy_interval": [0.0, 1.0], "per_problem": [accuracy] * 3}
+            rundir.write_json(runs / name / "scores" / "heldout" / "scores.json", scores)
+        for rl in road.rl:
+            curve = ({"step": 1, "rl/vllm_kl": 1e-5}, {"step": 2, "rl/vllm_kl": -2e-5 * (seed + 1)})
+            rundir.write_atomic(rl.output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in curve))
+        seeds.append(benchmark["measured"](road, control))
+
+    assert [each["branch"] for each in seeds[2]["branches"]] == ["decay-short", "decay-long", "decay-hybrid"]
+    assert seeds[2]["branches"][0]["times_shuffled"] == 4
+    over = benchmark["over_seeds"](seeds)
+    assert over["shuffled_answers_accuracy"] == pytest.approx((0.05, 0.05, 0.05))
+    long = over["branches"][1]
+    # Student's t of two degrees of freedom: 4.3027 standard errors to each side.
+    half = 4.3027 * 0.25 / 3**0.5
+    assert long["paired_difference"] == pytest.approx((0.5, 0.5 - half, 0.5 + half), rel=1e-4)
+    assert long["before"][0] == pytest.approx(0.1) and long["after"][0] == pytest.approx(0.6)
+    assert (long["times_shuffled"], long["largest_vllm_kl"]) == (2, 6e-5)
