@@ -209,7 +209,7 @@ def _rl(report: Report) -> str:
     columns = ("branch", "state", "steps", "mean reward", "mean tokens", "largest |vllm_kl|", "time")
     caption = (
         "First &rarr; last step. vllm_kl is how far the policy that samples is from the one that is trained; "
-        f"on a CPU, above {plots.KL_LIMIT:g} the weights are not the same."
+        f"on a CPU, above {plots.KL_LIMIT:g} (the dotted line) the weights are not the same."
     )
     return _section("Reinforcement learning", figures + _table(columns, rows, caption))
 
@@ -220,7 +220,7 @@ def _turns(runs: Sequence[Run]) -> str:
         return ""
     items = "".join(f"<li>{escape(run.label)}: {escape(turn.text)}</li>" for run in runs for turn in run.turns)
     return (
-        '<div class="caption">Dotted lines: longer responses begin. Dashed lines: a run went back to an earlier save.'
+        '<div class="caption">Vertical lines: dotted where longer responses begin, dashed where a run went back to a save.'
         f"<ul>{items}</ul></div>"
     )
 

@@ -127,13 +127,13 @@ def over_rl_steps(report: Report, panel: Panel, *, small: bool = False) -> Any:
         else:
             _line(figure, run.label, x, y, colour=colour, opacity=RAW_OPACITY, width=1, legend=False)
             _line(figure, run.label, x, smoothed(y), colour=colour, dash=dash)
-    if panel.limit is None:
-        figure.update_yaxes(rangemode="tozero")
-    else:
-        _limit(figure, panel.limit, max(run.rows[-1]["step"] for _, run in _rl_runs(report)))
+    end = 1 + max(run.rows[-1]["step"] for _, run in _rl_runs(report))
+    figure.update_xaxes(title="rollout step", range=[0, end])
+    figure.update_yaxes(title=panel.unit, rangemode="tozero")
+    if panel.limit is not None:
+        _line(figure, "limit", [0, end], [panel.limit] * 2, colour=INK, dash="dot", width=1, legend=False)
+        figure.update_yaxes(type="log", dtick=1, tickformat=".0e")
     _turns(figure, report)
-    figure.update_xaxes(title="rollout step")
-    figure.update_yaxes(title=panel.unit)
     if small:
         figure.update_layout(showlegend=False, margin={"t": 8, "b": 40}, font={"size": 11})
     return figure
@@ -205,21 +205,6 @@ def _over_tokens(report: Report, metric: str, unit: str, *, smooth: bool) -> Any
     figure.update_xaxes(title="tokens trained on", tickformat="~s")
     figure.update_yaxes(title=unit)
     return figure
-
-
-def _limit(figure: Any, limit: float, last_step: float) -> None:
-    """A line at `limit`, on a logarithmic axis."""
-    figure.add_scatter(
-        x=[1, last_step],
-        y=[limit, limit],
-        mode="lines+text",
-        line={"color": INK, "width": 1, "dash": "dot"},
-        text=["", f"limit on a CPU {limit:g}"],
-        textposition="bottom left",
-        showlegend=False,
-        hoverinfo="skip",
-    )
-    figure.update_yaxes(type="log", dtick=1, tickformat=".0e")
 
 
 def _turns(figure: Any, report: Report) -> None:

@@ -25,7 +25,7 @@ figcaption { font-weight: 600; font-size: .95rem; }
 .grid { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem 1.5rem; }
 .multiples { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .2rem 1.2rem; }
 .multiples figcaption { font-size: .85rem; }
-.caption ul { margin: .2rem 0 0; padding-left: 1.2rem; }
+.caption ul { margin: .2rem 0 1rem; padding-left: 1.2rem; }
 .tree, .tree ul { list-style: none; margin: 0; padding: 0; }
 .tree { width: max-content; padding: .3rem 0; }
 .tree li { display: flex; align-items: center; position: relative; }
