@@ -220,7 +220,7 @@ def _turns(runs: Sequence[Run]) -> str:
         return ""
     items = "".join(f"<li>{escape(run.label)}: {escape(turn.text)}</li>" for run in runs for turn in run.turns)
     return (
-        '<div class="caption">Vertical lines: dotted where longer responses begin, dashed where a run went back to a save.'
+        '<div class="caption">Vertical lines: dotted where longer responses begin, dashed where a run went back.'
         f"<ul>{items}</ul></div>"
     )
 
