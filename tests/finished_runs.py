@@ -116,8 +116,15 @@ def write_rl(config: RLConfig, parent: Lineage, label: str, *, seed: int) -> Non
                 "rl/reward_mean": 2 * share - 1,
                 "rl/accuracy": share,
                 "rl/response_length_mean": 30.0 + (25 - step / 2 if label == "long" else step / 8),
+                "rl/right_length_mean": 28.0 + (20 - step / 2 if label == "long" else step / 8),
+                "rl/wrong_length_mean": 34.0 + (30 - step / 2 if label == "long" else step / 8),
                 "rl/truncated_share": 0.0,
+                "rl/boxed_at_start_share": 0.01 * (1 + math.sin(step)),
+                "rl/repetition_share": 0.02 + 0.01 * math.cos(step),
+                "rl/entropy": 0.2 + 0.3 * math.exp(-step / 12),
+                "rl/clip_share": 0.004 + 0.002 * math.sin(step / 2),
                 "rl/vllm_kl": 1e-4 * (1 + float(draw.random())) * (-1) ** step,
+                "optim/grad_norm": 0.3 + 0.1 * math.sin(step),
                 "time_s": 20.0 + 4 * step,
             }
         )

@@ -75,6 +75,7 @@ def _configs(specs: Sequence[str], overrides: Sequence[str]) -> list[RLConfig]:
 
 def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
     """Show the command line of each run as this machine would start it, and check what is there already."""
+    from megatron_octo.data.read import names_files
     from megatron_octo.rl.command import check_command, command
     from megatron_octo.rl.preflight import check_files, check_machine, has_gpu
 
@@ -83,7 +84,7 @@ def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
     for config in configs:
         check_machine(config, cuda=cuda)
         files = (config.model, config.prompts, *(each.prompts for each in config.validation.sets))
-        missing = [str(path) for path in files if not path.exists()]
+        missing = [str(path) for path in files if not names_files(path)]
         if missing:
             log.warning("%s: not there yet, so model and prompts are not checked: %s", config.name, ", ".join(missing))
         passes = 1 if missing else check_files(config, cuda=cuda)[0].num_episodes

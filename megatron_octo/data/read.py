@@ -85,6 +85,11 @@ def input_files(path: Path) -> list[Path]:
     return found
 
 
+def names_files(path: Path) -> bool:
+    """Whether an input is there: a file, a folder, or a pattern that something fits."""
+    return path.exists() or bool(glob.glob(str(path), recursive=True))  # noqa: PTH207 - the pattern may be absolute
+
+
 def check_input(path: Path) -> None:
     """Refuse an input that names no file, or one that cannot be read; see `input_files`."""
     input_files(path)

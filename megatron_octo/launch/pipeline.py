@@ -141,8 +141,7 @@ def _reads_and_writes(config: PipelineConfig) -> Iterator[tuple[str, Path | None
             yield f"tokenizer.inputs.{number}.input", each.input, ()
         yield "tokenizer", None, (config.tokenizer.output,)
     for number, source in enumerate(config.prepare):
-        readable = source.input if source.input and not glob.has_magic(str(source.input)) else None
-        yield f"prepare.{number}.input", readable, ()
+        yield f"prepare.{number}.input", _one_file(source.input), ()
         yield f"prepare.{number}.tokenizer", source.tokenizer, (source.output,)
     if config.base:
         yield "base.tokenizer", config.base.tokenizer, (config.base.output,)
@@ -157,8 +156,13 @@ def _reads_and_writes(config: PipelineConfig) -> Iterator[tuple[str, Path | None
     yield from _evaluation_reads("evaluate_before", config.evaluate_before)
     for number, run in enumerate(config.rl):
         yield f"rl.{number}.model", run.model, ()
-        yield f"rl.{number}.prompts", run.prompts, (run.output / "hf",)
+        yield f"rl.{number}.prompts", _one_file(run.prompts), (run.output / "hf",)
     yield from _evaluation_reads("evaluate_after", config.evaluate_after)
+
+
+def _one_file(path: Path | None) -> Path | None:
+    """An input, unless it is a pattern: which files fit it shows when they are read."""
+    return None if path is None or glob.has_magic(str(path)) else path
 
 
 def _evaluation_reads(name: str, config: EvaluateConfig | None) -> Iterator[tuple[str, Path | None, tuple[Path, ...]]]:

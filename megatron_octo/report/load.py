@@ -6,7 +6,8 @@ Which folders those are, `source.py` says.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,21 @@ from megatron_octo.evaluate.run import SCORES, Scores, read_scores
 from megatron_octo.evaluate.statistics import paired_difference
 from megatron_octo.lineage import Lineage
 from megatron_octo.report.source import BranchSource, Source
+from megatron_octo.rl.follow import roll_backs
 from megatron_octo.stage_log import StageCost
 
 METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """Where an RL run goes on otherwise than before."""
+
+    after_step: int
+    roll_back: bool
+    """It went back to this step; otherwise longer responses begin."""
+    text: str
+    """In words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +55,8 @@ class Run:
     settings: dict[str, Any]
     descent: Lineage | None = None
     """Of its last weights."""
+    turns: tuple[Turn, ...] = ()
+    """Of an RL run, as far as it is."""
 
     def curve(self, metric: str, x: str) -> tuple[list[float], list[float]]:
         """(`x`, `metric`) of the rows that have both; `tokens` counts from the stable stage's start."""
@@ -156,7 +171,18 @@ def _train_run(config: MidTrainConfig, label: str, start: int, notes: list[str])
 
 def _rl_run(config: RLConfig, label: str, notes: list[str]) -> Run:
     descent = lineage.read_if_present(config.output / "hf")
-    return _run(config, label, config.output, notes, start=0, descent=descent, what=f"RL of branch {label}")
+    run = _run(config, label, config.output, notes, start=0, descent=descent, what=f"RL of branch {label}")
+    return replace(run, turns=tuple(_turns(run)))
+
+
+def _turns(run: Run) -> Iterator[Turn]:
+    for longer in run.settings["longer_responses"]:
+        if run.rows and longer["after_step"] < run.rows[-1]["step"]:
+            step, tokens = longer["after_step"], longer["max_response_tokens"]
+            yield Turn(after_step=step, roll_back=False, text=f"up to {tokens:,} tokens after step {step:,}")
+    for back in roll_backs(run.folder):
+        text = f"back from step {back['step']:,} to {back['to']:,}: {back['what']}"
+        yield Turn(after_step=back["to"], roll_back=True, text=text)
 
 
 def _run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_octo.evaluate.run import Scores
@@ -128,6 +128,7 @@ def rl_numbers(run: Run) -> dict[str, Any]:
         "first_length": _edge(run, "rl/response_length_mean", 0),
         "last_length": _edge(run, "rl/response_length_mean", -1),
         "largest_vllm_kl": max(kl, default=None),
+        "turns": [asdict(turn) for turn in run.turns],
         "seconds": run.rows[-1].get("time_s") if run.rows else None,
     }
 

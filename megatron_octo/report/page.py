@@ -15,7 +15,7 @@ from megatron_octo import __version__, console, rundir
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.evaluate.run import Scores
 from megatron_octo.report import plots
-from megatron_octo.report.load import Report, load
+from megatron_octo.report.load import Report, Run, load
 from megatron_octo.report.numbers import (
     Node,
     descent,
@@ -36,7 +36,7 @@ NOTHING = "&ndash;"
 KINDS = {"base": "base", "import": "imported", "train": "mid-training", "rl": "RL"}
 PRINT_SCRIPT = """
 addEventListener("beforeprint", () => document.querySelectorAll(".js-plotly-plot").forEach(
-  plot => Plotly.relayout(plot, {autosize: false, width: 640})));
+  plot => Plotly.relayout(plot, {autosize: false, width: plot.closest(".multiples") ? 310 : 640})));
 addEventListener("afterprint", () => document.querySelectorAll(".js-plotly-plot").forEach(
   plot => Plotly.relayout(plot, {autosize: true, width: null})));
 """
@@ -189,17 +189,9 @@ def _rl(report: Report) -> str:
     runs = [(branch, branch.rl) for branch in report.branches if branch.rl and branch.rl.rows]
     if not runs:
         return _section("Reinforcement learning", _missing("RL has not run yet: run `octo rl`."))
-    figures = [
-        ("rl/reward_mean", "mean reward", "Mean reward over RL steps", None),
-        ("rl/accuracy", "right answers (share)", "Right answers in the rollouts over RL steps", None),
-        ("rl/response_length_mean", "mean response length (tokens)", "Mean response length over RL steps", None),
-        ("rl/vllm_kl", "|vllm_kl| (nats a token)", "Difference between rollout and training policy", plots.KL_LIMIT),
-    ]
-    shown = [
-        _plot(plots.over_rl_steps(report, metric, unit, limit=limit), title)
-        for metric, unit, title, limit in figures
-        if any(run.curve(metric, "step")[0] for _, run in runs)
-    ]
+    large = [_plot(plots.over_rl_steps(report, panel), panel.title) for panel in plots.RL_AXES]
+    small = [_plot(plots.over_rl_steps(report, panel, small=True), panel.title) for panel in plots.rl_panels(report)]
+    figures = _grid(*large) + _grid(*small, kind="multiples") + _turns([run for _, run in runs])
     rows = []
     for branch, run in runs:
         row = rl_numbers(run)
@@ -217,9 +209,20 @@ def _rl(report: Report) -> str:
     columns = ("branch", "state", "steps", "mean reward", "mean tokens", "largest |vllm_kl|", "time")
     caption = (
         "First &rarr; last step. vllm_kl is how far the policy that samples is from the one that is trained; "
-        f"above {plots.KL_LIMIT:g} the weights are not the same."
+        f"on a CPU, above {plots.KL_LIMIT:g} (the dotted line) the weights are not the same."
     )
-    return _section("Reinforcement learning", _grid(*shown) + _table(columns, rows, caption))
+    return _section("Reinforcement learning", figures + _table(columns, rows, caption))
+
+
+def _turns(runs: Sequence[Run]) -> str:
+    """What the vertical lines of RL's figures mean, and which there are."""
+    if not any(run.turns for run in runs):
+        return ""
+    items = "".join(f"<li>{escape(run.label)}: {escape(turn.text)}</li>" for run in runs for turn in run.turns)
+    return (
+        '<div class="caption">Vertical lines: dotted where longer responses begin, dashed where a run went back.'
+        f"<ul>{items}</ul></div>"
+    )
 
 
 def _times(report: Report) -> str:
@@ -263,8 +266,8 @@ def _missing(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _grid(*figures: str) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
+def _grid(*figures: str, kind: str = "grid") -> str:
+    return f'<div class="{kind}">{"".join(figures)}</div>'
 
 
 def _plot(figure: Any, title: str) -> str:

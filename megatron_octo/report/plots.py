@@ -7,9 +7,11 @@ grey print. Every axis names its unit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_octo.report.load import Report, Run
+from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
 from megatron_octo.stage_log import StageCost
 
 INK, GRID, STABLE = "#222222", "#e3e3e3", "#555555"
@@ -19,8 +21,38 @@ BEFORE, AFTER = "#B5C7D9", "#0072B2"
 MAX_POINTS = 600
 SMOOTHING_SHARE = 0.04
 RAW_OPACITY = 0.25
-KL_LIMIT = 1e-3
+KL_LIMIT = MOST_VLLM_KL_CPU
 MARKER_STEPS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A metric of RL and how it is drawn."""
+
+    metric: str
+    title: str
+    unit: str
+    limit: float | None = None
+    """Drawn as a line; the axis is then logarithmic and the sign left out."""
+
+
+RL_AXES = (
+    Panel("rl/accuracy", "Right answers in the rollouts", "share"),
+    Panel("rl/response_length_mean", "Response length", "tokens"),
+)
+"""What the paper plots."""
+RL_PANELS = (
+    Panel("rl/reward_mean", "Mean reward", "reward"),
+    Panel("rl/right_length_mean", "Length of right responses", "tokens"),
+    Panel("rl/wrong_length_mean", "Length of wrong responses", "tokens"),
+    Panel("rl/truncated_share", "Cut off at the longest response", "share"),
+    Panel("rl/boxed_at_start_share", "Begin with their answer", "share"),
+    Panel("rl/repetition_share", "Repeated n-grams", "share"),
+    Panel("rl/entropy", "Entropy", "nats a token"),
+    Panel("rl/clip_share", "Clipped by PPO", "share of tokens"),
+    Panel("optim/grad_norm", "Gradient norm", "norm"),
+    Panel("rl/vllm_kl", "Sampled against trained: |vllm_kl|", "nats a token", KL_LIMIT),
+)
 
 
 def loss(report: Report) -> Any:
@@ -71,31 +103,39 @@ def accuracy(report: Report) -> Any:
     return figure
 
 
-def over_rl_steps(report: Report, metric: str, unit: str, *, limit: float | None = None) -> Any:
-    """One metric of every branch's RL run over its steps."""
-    figure = _figure(300)
+def rl_panels(report: Report) -> list[Panel]:
+    """What else the RL runs have logged, validation first."""
+    logged = dict.fromkeys(name for _, run in _rl_runs(report) for row in run.rows for name in row)
+    validation = [
+        Panel(name, f"Right answers: {name.split('/')[1]}", "share")
+        for name in logged
+        if name.startswith("valid/") and name.endswith("/accuracy")
+    ]
+    return [*validation, *(panel for panel in RL_PANELS if panel.metric in logged)]
+
+
+def over_rl_steps(report: Report, panel: Panel, *, small: bool = False) -> Any:
+    """A metric of every branch's RL run over its rollout steps; a small one has no legend."""
+    figure = _figure(210 if small else 300)
     for index, run in _rl_runs(report):
-        x, y = run.curve(metric, "step")
-        if limit is not None:
+        x, y = run.curve(panel.metric, "step")
+        if panel.limit is not None:
             y = [abs(value) for value in y]
-        colour = BRANCH_COLOURS[index % len(BRANCH_COLOURS)]
-        mode = "lines+markers" if len(x) <= MARKER_STEPS else "lines"
-        _line(figure, run.label, x, y, colour=colour, dash=DASHES[index % len(DASHES)], mode=mode)
-    if limit is not None:
-        figure.add_hline(y=limit, line={"color": INK, "width": 1, "dash": "dot"})
-        figure.add_annotation(
-            x=1,
-            xref="paper",
-            xanchor="right",
-            y=limit,
-            yanchor="top",
-            yshift=-2,
-            text=f"limit {limit:g}",
-            showarrow=False,
-        )
-        figure.update_yaxes(tickformat=".0e", rangemode="tozero")
-    figure.update_xaxes(title="RL step")
-    figure.update_yaxes(title=unit)
+        colour, dash = BRANCH_COLOURS[index % len(BRANCH_COLOURS)], DASHES[index % len(DASHES)]
+        if len(x) <= MARKER_STEPS:
+            _line(figure, run.label, x, y, colour=colour, dash=dash, mode="lines+markers")
+        else:
+            _line(figure, run.label, x, y, colour=colour, opacity=RAW_OPACITY, width=1, legend=False)
+            _line(figure, run.label, x, smoothed(y), colour=colour, dash=dash)
+    end = 1 + max(run.rows[-1]["step"] for _, run in _rl_runs(report))
+    figure.update_xaxes(title="rollout step", range=[0, end])
+    figure.update_yaxes(title=panel.unit, rangemode="tozero")
+    if panel.limit is not None:
+        _line(figure, "limit", [0, end], [panel.limit] * 2, colour=INK, dash="dot", width=1, legend=False)
+        figure.update_yaxes(type="log", dtick=1, tickformat=".0e")
+    _turns(figure, report)
+    if small:
+        figure.update_layout(showlegend=False, margin={"t": 8, "b": 40}, font={"size": 11})
     return figure
 
 
@@ -165,6 +205,18 @@ def _over_tokens(report: Report, metric: str, unit: str, *, smooth: bool) -> Any
     figure.update_xaxes(title="tokens trained on", tickformat="~s")
     figure.update_yaxes(title=unit)
     return figure
+
+
+def _turns(figure: Any, report: Report) -> None:
+    """A line where longer responses begin (dotted) or a run went back (dashed); grey where that is so of several."""
+    runs_at: dict[tuple[int, bool], list[int]] = {}
+    for index, run in _rl_runs(report):
+        for turn in run.turns:
+            runs_at.setdefault((turn.after_step, turn.roll_back), []).append(index)
+    for (after_step, roll_back), indices in runs_at.items():
+        colour = BRANCH_COLOURS[indices[0] % len(BRANCH_COLOURS)] if len(indices) == 1 else STABLE
+        line = {"color": colour, "width": 1, "dash": "dash" if roll_back else "dot"}
+        figure.add_vline(x=after_step + 0.5, line=line)
 
 
 def _rl_runs(report: Report) -> list[tuple[int, Run]]:

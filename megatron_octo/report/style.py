@@ -23,6 +23,9 @@ tbody th { font-weight: 600; }
 figure { margin: 0 0 1rem; min-width: 0; break-inside: avoid; }
 figcaption { font-weight: 600; font-size: .95rem; }
 .grid { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem 1.5rem; }
+.multiples { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .2rem 1.2rem; }
+.multiples figcaption { font-size: .85rem; }
+.caption ul { margin: .2rem 0 1rem; padding-left: 1.2rem; }
 .tree, .tree ul { list-style: none; margin: 0; padding: 0; }
 .tree { width: max-content; padding: .3rem 0; }
 .tree li { display: flex; align-items: center; position: relative; }
@@ -47,7 +50,7 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--tint); padding: .8rem; font-size: .8rem; line-height: 1.4; }
 @media (max-width: 46rem) {
   main { padding: 1.2rem .9rem 2rem; }
-  .grid { grid-template-columns: minmax(0, 1fr); }
+  .grid, .multiples { grid-template-columns: minmax(0, 1fr); }
   .tree { width: auto; }
   .tree li { flex-direction: column; align-items: flex-start; }
   .tree ul { padding-left: 1.2rem; }
@@ -60,6 +63,7 @@ pre { overflow-x: auto; background: var(--tint); padding: .8rem; font-size: .8re
 @media print {
   main { max-width: none; padding: 0; }
   .grid { grid-template-columns: minmax(0, 1fr); }
+  .multiples { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   body { font-size: 11pt; }
   .scroll { overflow: visible; }
   th, td { padding: .25rem .4rem; }

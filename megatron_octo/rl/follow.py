@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_octo import console, rundir
 from megatron_octo.config.rl import RLConfig
@@ -90,7 +90,7 @@ def following(config: RLConfig, done: int, *, cuda: bool) -> Iterator[Follower]:
         board.close()
 
 
-def roll_backs(output: Path) -> Sequence[dict[str, object]]:
+def roll_backs(output: Path) -> Sequence[dict[str, Any]]:
     """The roll backs of a run so far: at which step, to which, and why."""
     path = output / ROLL_BACKS
     return rundir.read_json(path) if path.exists() else []

@@ -26,13 +26,22 @@ def test_a_dry_run_prints_openrlhf_s_command_and_touches_nothing(octo: Octo, tmp
     assert snapshot(tmp_path) == before
 
 
-def test_a_dry_run_checks_what_is_there(octo: Octo, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompts", ["prompts.jsonl", "prom*.jsonl"])
+def test_a_dry_run_checks_what_is_there(octo: Octo, tmp_path: Path, prompts: str) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "prompts.jsonl").touch()
-    files = ("--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"))
+    files = ("--model", str(tmp_path / "model"), "--prompts", str(tmp_path / prompts))
     done = octo("rl", f"{MINIATURE}:rl_long", "--dry-run", *files)
     assert done.returncode == 2
     assert "lacks config.json" in done.stderr
+
+
+def test_a_dry_run_names_a_pattern_that_no_file_fits(octo: Octo, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    files = ("--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prom*.jsonl"))
+    done = octo("rl", f"{MINIATURE}:rl_long", "--dry-run", *files)
+    assert done.returncode == 0
+    assert f"not checked: {tmp_path}/prom*.jsonl" in done.stderr
 
 
 def test_a_pipeline_stands_for_all_its_rl_runs(octo: Octo) -> None:

@@ -13,13 +13,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from megatron_octo import lineage, rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.config.rl import RLConfig, RLWatchConfig, ValidationConfig, ValidationSet
+from megatron_octo.config.rl import LongerResponses, RLConfig, RLWatchConfig, ValidationConfig, ValidationSet
 from megatron_octo.lineage import Lineage
 from megatron_octo.rl import saves
 from megatron_octo.rl.collect import read_metrics
@@ -31,7 +32,6 @@ from tests.rl.conftest import NUM_BOXES, write_tokenizer
 for package in ("openrlhf", "ray", "vllm", "deepspeed"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(1500),
     pytest.mark.skipif(has_gpu(), reason="the tiny model is for machines without a GPU"),
 ]
@@ -87,6 +87,14 @@ def start(config: RLConfig, *, healed: Path | None = None) -> subprocess.Popen[s
     )
 
 
+def finish(config: RLConfig, process: subprocess.Popen[str]) -> str:
+    """Wait for its end, which is to be a good one and to leave no process; returns what it said."""
+    _, errors = process.communicate(timeout=2 * START_TIMEOUT_S)
+    assert process.returncode == 0, errors
+    wait_until_gone(config, within_s=20)  # the grading's process takes a moment to see the end of its input
+    return errors
+
+
 def left(config: RLConfig) -> set[int]:
     """Processes that descend from a run of `config`, however they were started."""
     found = set()
@@ -97,6 +105,14 @@ def left(config: RLConfig) -> set[int]:
         except OSError:
             continue
     return found
+
+
+def wait_until_gone(config: RLConfig, *, within_s: float) -> None:
+    """See that no process of a run is left, or only for so long."""
+    deadline = time.monotonic() + within_s
+    while left(config) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left(config), "processes of the cluster outlived the run"
 
 
 def data_state(output: Path, step: int) -> dict[str, Any]:
@@ -132,10 +148,10 @@ def learnable(config: RLConfig) -> RLConfig:
     """A run of three steps, each of them saved, that finds about half of the answers."""
     write_model(config.model)
     lineage.write(config.model, Lineage(name="branch", kind="export", weights_sha256="x"))
-    rows = [json.loads(line) for line in config.prompts.read_text().splitlines()]
-    config.prompts.write_text("".join(json.dumps({**row, "label": "1"}) + "\n" for row in rows))
     asked = config.prompts.with_name("asked.jsonl")
-    asked.write_text("".join(json.dumps({"input": f"Find {i}+2.\n", "label": "1"}) + "\n" for i in range(6)))
+    for path, count in ((config.prompts, 64), (asked, 6)):
+        problems = ({"input": f"Find {number}+{count}.\n", "label": "1"} for number in range(count))
+        path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return replace(
         config,
         num_steps=3,
@@ -166,10 +182,7 @@ def killed(learnable: RLConfig) -> RLConfig:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + ENDING_TIMEOUT_S  # Ray's agents look for their parent now and then
-    while left(config) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not left(config), "processes of the cluster outlived a kill"
+    wait_until_gone(config, within_s=ENDING_TIMEOUT_S)  # Ray's agents look for their parent now and then
     assert not rundir.is_done(config.output)
     return config
 
@@ -178,11 +191,8 @@ def test_a_killed_run_goes_on_with_the_next_prompts_and_vllm_always_has_the_trai
     output = killed.output
     log_before = (output / "log/openrlhf.log").read_text()
     state_before = data_state(output, 2)
-    process = start(killed)
-    _, errors = process.communicate(timeout=START_TIMEOUT_S)
-    assert process.returncode == 0, errors
+    errors = finish(killed, start(killed))
     assert "goes on after step 2 of 3" in errors
-    assert not left(killed)
 
     rows = read_metrics(output / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -214,13 +224,46 @@ def test_a_killed_run_goes_on_with_the_next_prompts_and_vllm_always_has_the_trai
     assert prompt_steps(output, shown) == [1, 2, 3]
 
 
+@pytest.mark.slow
+def test_the_reward_rises_and_longer_responses_begin_at_the_border_with_the_next_prompts(learnable: RLConfig) -> None:
+    config = replace(
+        learnable,
+        num_steps=16,
+        save_every_steps=8,
+        samples_per_prompt=16,
+        stop=(),  # so that responses run up to the longest, past any box
+        longer_responses=(LongerResponses(after_step=8, max_response_tokens=24),),
+        validation=ValidationConfig(),
+        watch=RLWatchConfig(on_repetition="log"),  # it learns to say one thing
+    )
+    output = config.output
+    errors = finish(config, start(config))
+    assert "step 8 is saved, and longer responses begin" in errors
+
+    rows = read_metrics(output / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 17))
+    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU for row in rows)
+    assert -0.4 < rows[0]["rl/reward_mean"] < 0.4, "half of the boxes are right"
+    assert fmean(row["rl/reward_mean"] for row in rows[-3:]) > rows[0]["rl/reward_mean"] + 0.5
+    lengths = [row["rl/response_length_mean"] for row in rows]
+    assert max(lengths[:8]) <= 16 < min(lengths[8:]) <= 24
+
+    # The first OpenRLHF may have begun the step after the border; the second makes it, with the same prompts.
+    shown = first_prompts(output, (output / "log/openrlhf.log").read_text())
+    assert prompt_steps(output, [*shown[:8], *shown[-8:]]) == list(range(1, 17))
+
+    from transformers import AutoModelForCausalLM
+
+    trained, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (output / "hf", config.model))
+    weights = dict(before.to(trained.dtype).named_parameters())
+    assert all((weights[name] != value).any() for name, value in trained.named_parameters())
+
+
+@pytest.mark.slow
 def test_old_weights_are_caught_and_a_reward_that_raises_poisons_nothing(learnable: RLConfig) -> None:
     config = replace(learnable, num_steps=4, watch=RLWatchConfig(on_stale_weights="roll_back"))
     output = config.output
-    process = start(config, healed=output / "roll_backs.json")
-    _, errors = process.communicate(timeout=2 * START_TIMEOUT_S)
-    assert process.returncode == 0, errors
-    assert not left(config)
+    errors = finish(config, start(config, healed=output / "roll_backs.json"))
 
     (back,) = rundir.read_json(output / "roll_backs.json")
     assert back["to"] == back["step"] - 1 and "old weights" in back["what"]

@@ -48,6 +48,15 @@ def test_stages_left_out_of_the_settings_are_not_run(config):
     ]
 
 
+def test_rl_s_prompts_may_be_a_pattern_but_no_file_that_nothing_writes(config, runs):
+    def with_prompts(name):
+        return replace(config, rl=tuple(replace(each, prompts=runs / name) for each in config.rl))
+
+    pipeline.check_inputs(with_prompts("*.jsonl"))
+    with pytest.raises(BadInput, match=r"rl\.0\.prompts .*all\.jsonl is not there, and no stage before writes it"):
+        pipeline.check_inputs(with_prompts("all.jsonl"))
+
+
 @pytest.fixture
 def started(config, monkeypatch) -> list[str]:
     """Run no process: note which stage would have run, finish its folders, fail at the export of `long`."""

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_octo import lineage, rundir
+from megatron_octo.config.base import to_dict
 from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.config.rl import LongerResponses
 from megatron_octo.errors import BadInput
 from megatron_octo.evaluate.run import read_scores
 from megatron_octo.evaluate.statistics import paired_difference
@@ -169,12 +171,77 @@ def test_bars_show_each_interval(report: Report) -> None:
 
 
 def test_every_axis_of_every_figure_says_what_it_shows(report: Report) -> None:
-    figures = [plots.loss(report), plots.rate(report), plots.over_rl_steps(report, "rl/reward_mean", "mean reward")]
-    for figure in figures:
+    rl = [plots.over_rl_steps(report, panel) for panel in (*plots.RL_AXES, *plots.rl_panels(report))]
+    for figure in (plots.loss(report), plots.rate(report), *rl):
         assert figure.layout.xaxis.title.text
         assert figure.layout.yaxis.title.text
     assert "%" in plots.accuracy(report).layout.yaxis.title.text
     assert "seconds" in plots.costs(report.costs).layout.xaxis.title.text
+
+
+def test_every_curve_of_rl_has_a_figure_with_a_line_a_branch(report: Report) -> None:
+    small = plots.rl_panels(report)
+    assert [*small] == [*plots.RL_PANELS], "the runs have no validation, and all else"
+    for panel in (*plots.RL_AXES, *small):
+        figure = plots.over_rl_steps(report, panel, small=panel in small)
+        lines = figure.data[:3]
+        assert [line.name for line in lines] == ["short", "long", "hybrid"]
+        assert len({(line.line.color, line.line.dash) for line in lines}) == 3
+        assert lines[1].x == tuple(range(1, 31))
+        assert figure.layout.showlegend is (panel in plots.RL_AXES)
+        assert not figure.layout.shapes
+        run = report.branches[1].rl
+        assert run is not None
+        values = [row[panel.metric] for row in run.rows]
+        assert list(lines[1].y) == ([abs(value) for value in values] if panel.metric == "rl/vllm_kl" else values)
+        assert (figure.layout.yaxis.type == "log") is (panel.metric == "rl/vllm_kl") is (len(figure.data) == 4)
+    shown = Page(page(report)).text
+    assert all(panel.title in shown for panel in (*plots.RL_AXES, *small))
+    assert "went back" not in shown
+
+
+def test_each_validation_set_has_its_own_figure(pipeline: PipelineConfig) -> None:
+    path = pipeline.rl[1].output / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    scored = [{**row, "valid/MATH500/accuracy": 0.5} if row["step"] % 4 == 0 else row for row in rows]
+    finished_runs.write_lines(path, scored)
+    report = load(of_pipeline(pipeline))
+    panel = plots.rl_panels(report)[0]
+    assert (panel.metric, panel.title) == ("valid/MATH500/accuracy", "Right answers: MATH500")
+    (line,) = plots.over_rl_steps(report, panel).data
+    assert (line.name, line.x) == ("long", (4, 8, 12, 16, 20, 24, 28))
+
+
+def test_longer_responses_and_roll_backs_are_marked(pipeline: PipelineConfig) -> None:
+    for rl, borders in zip(pipeline.rl, ((), (10, 20), (10,)), strict=True):
+        longer = tuple(LongerResponses(after_step=step, max_response_tokens=1000 + step) for step in borders)
+        rundir.write_json(rl.output / "config.json", to_dict(replace(rl, longer_responses=longer)))
+    back = {"step": 9, "to": 5, "what": "vllm_kl is 0.5 & not within 0.001"}
+    rundir.write_json(pipeline.rl[0].output / "roll_backs.json", [back])
+    path = pipeline.rl[1].output / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))  # the second border is not reached
+    report = load(of_pipeline(pipeline))
+
+    for panel in (*plots.RL_AXES, *plots.rl_panels(report)):
+        lines = plots.over_rl_steps(report, panel).layout.shapes
+        assert [(each.x0, each.line.dash, each.line.color) for each in lines] == [
+            (5.5, "dash", plots.BRANCH_COLOURS[0]),
+            (10.5, "dot", plots.STABLE),  # of two runs
+        ]
+    shown = Page(page(report)).text
+    assert "short: back from step 9 to 5: vllm_kl is 0.5 & not within 0.001" in shown
+    assert "long: up to 1,010 tokens after step 10" in shown and "hybrid: up to 1,010 tokens after step 10" in shown
+    assert "1,020" not in shown
+    assert numbers(report)["branches"][0]["rl"]["turns"][0]["after_step"] == 5
+
+
+def test_a_long_run_of_rl_is_smoothed_over_its_faint_steps(pipeline: PipelineConfig) -> None:
+    path = pipeline.rl[0].output / "metrics.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    finished_runs.write_lines(path, [{**row, "step": step, "rl/accuracy": step % 2} for step in range(1, 201)])
+    faint, smooth = plots.over_rl_steps(load(of_pipeline(pipeline)), plots.RL_AXES[0]).data[:2]
+    assert (faint.opacity, smooth.opacity, faint.showlegend) == (plots.RAW_OPACITY, 1, False)
+    assert max(faint.y) - min(faint.y) == 1 and max(smooth.y) - min(smooth.y) < 0.2
 
 
 def test_descent_is_one_tree_from_base_to_rl(report: Report) -> None:
