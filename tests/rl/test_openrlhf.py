@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,7 +31,8 @@ from tests.conftest import REPOSITORY
 from tests.rl.conftest import NUM_BOXES, write_tokenizer
 
 for package in ("openrlhf", "ray", "vllm", "deepspeed"):
-    pytest.importorskip(package, reason=f"{package} is not installed")
+    if find_spec(package) is None:  # importing them would cost a gigabyte until the last test has ended
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
 pytestmark = [
     pytest.mark.timeout(1500),
     pytest.mark.skipif(has_gpu(), reason="the tiny model is for machines without a GPU"),
