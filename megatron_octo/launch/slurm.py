@@ -160,11 +160,12 @@ def check_shape(config: MidTrainConfig | RLConfig | None, shape: Shape) -> str:
     match config:
         case MidTrainConfig():
             return f"{allocation}\n{_train_plan(config, shape)}"
-        case RLConfig() if config.num_gpus > shape.ranks:
+        case RLConfig() if config.num_nodes != shape.nodes or config.num_gpus > shape.gpus_per_node:
             raise BadInput(
-                f"{config.name} asks for num_gpus {config.num_gpus}, and the job has {shape.nodes} nodes x "
-                f"{shape.gpus_per_node} GPUs = {shape.ranks}",
-                fix=f"sbatch --gpus-per-node={config.num_gpus}, or --num-gpus {shape.ranks}",
+                f"{config.name} asks for num_nodes {config.num_nodes} x num_gpus {config.num_gpus}, and the job has "
+                f"{shape.nodes} nodes x {shape.gpus_per_node} GPUs",
+                fix=f"sbatch --nodes={config.num_nodes} --gpus-per-node={config.num_gpus}, or --num-nodes {shape.nodes} "
+                f"--num-gpus {shape.gpus_per_node}",
             )
     return allocation
 

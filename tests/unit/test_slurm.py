@@ -64,8 +64,17 @@ def test_an_allocation_that_does_not_fit_is_refused_with_numbers_of_nodes_that_d
 
 
 def test_rl_needs_its_gpus():
-    with pytest.raises(BadInput, match=r"asks for num_gpus 8, and the job has 1 nodes x 4 GPUs"):
+    with pytest.raises(BadInput, match=r"asks for num_nodes 1 x num_gpus 8, and the job has 1 nodes x 4 GPUs"):
         check_shape(job("rl", ["long"]).config, Shape(nodes=1, gpus_per_node=4))
+
+
+def test_rl_has_as_many_nodes_as_it_asks_for():
+    two = job("rl", ["long", "--num-nodes", "2"]).config
+    assert "2 x 8 GPUs = 16" in check_shape(two, Shape(nodes=2, gpus_per_node=8))
+    for nodes in (1, 3):
+        with pytest.raises(BadInput, match=rf"num_nodes 2 x num_gpus 8, and the job has {nodes} nodes") as caught:
+            check_shape(two, Shape(nodes=nodes, gpus_per_node=8))
+        assert caught.value.fix.startswith("sbatch --nodes=2 --gpus-per-node=8, or --num-nodes ")
 
 
 def test_options_go_before_directives():
