@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     plan.add_argument("--records", type=Path, required=True, help="folder for argv, run, plan.txt and config.json")
     plan.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME [ARGUMENTS]")
     plan.set_defaults(run=_plan)
-    pipeline = commands.add_parser("tree", help="the jobs of a pipeline, a line each: name, after, script, arguments")
+    pipeline = commands.add_parser("tree", help="the jobs of a pipeline, a line each: name, after, nodes, script, arguments")
     pipeline.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] RECIPE")
     pipeline.set_defaults(run=_tree)
     preflight = commands.add_parser("preflight", help="is this node fit? prints `NODE ok` or `NODE bad: why`")
@@ -77,7 +77,7 @@ def _tree(own: argparse.Namespace) -> None:
     check(config)
     write_settings(config)
     for each in tree(config):
-        console.emit("\t".join((each.name, ",".join(each.after) or "-", each.script, *each.args)))
+        console.emit("\t".join((each.name, ",".join(each.after) or "-", str(each.nodes), each.script, *each.args)))
 
 
 def _plan(own: argparse.Namespace) -> None:

@@ -103,6 +103,8 @@ class TreeJob:
     """Jobs that must have succeeded."""
     script: str
     args: tuple[str, ...]
+    nodes: int = 0
+    """That it needs; 0 for the script's own number, or the user's."""
 
 
 def tree(config: PipelineConfig) -> list[TreeJob]:
@@ -147,7 +149,8 @@ def _rl_job(config: PipelineConfig, run: RLConfig, exports: Mapping[str, str]) -
     made_of = (name.removeprefix("train ") for name in exports)
     parent = next((name for name in made_of if rundir.run_folder(name) in run.model.parents), "")
     settings = str(stage_file(config, run))
-    return TreeJob(name=run.name, after=(f"export {parent}",), script="rl", args=("--recipe", settings))
+    args = ("--recipe", settings)
+    return TreeJob(name=run.name, after=(f"export {parent}",), script="rl", args=args, nodes=run.num_nodes)
 
 
 def check_shape(config: MidTrainConfig | RLConfig | None, shape: Shape) -> str:

@@ -118,8 +118,8 @@ run_ranks() {
     fi
     give_way
     say "octo ${ARGV[*]} on ${#HOSTS[@]} nodes, from ${HOSTS[0]} on; output in $LOGS/ranks.txt"
-    "${SRUN[@]}" "${tasks[@]}" --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" "${OCTO[@]}" "${part[@]}" "${ARGV[@]}" \
-        2>"$LOGS/srun.txt" &
+    "${SRUN[@]}" "${tasks[@]}" --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" \
+        "${OCTO[@]}" "${part[@]}" "${ARGV[@]}" 2>"$LOGS/srun.txt" &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done # a trap ends `wait` early
     wait "$srun"

@@ -106,7 +106,7 @@ def test_a_pipeline_is_a_tree_of_jobs():
     for branch, rl in zip(branches, config.rl, strict=True):
         assert jobs[f"train {branch}"].after == ("train llama32-3b-stable-200b",)
         assert jobs[f"export {branch}"].after == (f"train {branch}",)
-        assert jobs[rl.name].after == (f"export {branch}",)
+        assert (jobs[rl.name].after, jobs[rl.name].nodes) == ((f"export {branch}",), rl.num_nodes)
     assert jobs["evaluate before RL"].after == tuple(f"export {name}" for name in ("llama32-3b-stable-200b", *branches))
     assert jobs["evaluate after RL"].after == tuple(rl.name for rl in config.rl)
     assert jobs["report"].after == ("evaluate before RL", "evaluate after RL")
