@@ -22,7 +22,9 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = recipe_parser("launch", "Launch a training or RL run through NeMo-Run (an extra), here or on Slurm.")
     options.add_argument("--on", choices=("slurm", "local"), required=True, help="where")
-    options.add_argument("--nodes", type=at_least_one, help="on Slurm: nodes (default: 8; for RL as many as it asks for)")
+    options.add_argument(
+        "--nodes", type=at_least_one, help="on Slurm: nodes (default: 8; for RL as many as it asks for)"
+    )
     options.add_argument("--gpus-per-node", type=at_least_one, help="ranks of a node (on Slurm 8, here 1)")
     options.add_argument("--time", default="24:00:00", help="on Slurm: the time limit of each start (24:00:00)")
     options.add_argument("--account", default="", help="on Slurm")

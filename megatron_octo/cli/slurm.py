@@ -37,7 +37,9 @@ def main(argv: Sequence[str]) -> None:
     plan.add_argument("--records", type=Path, required=True, help="folder for argv, run, plan.txt and config.json")
     plan.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME [ARGUMENTS]")
     plan.set_defaults(run=_plan)
-    pipeline = commands.add_parser("tree", help="the jobs of a pipeline, a line each: name, after, nodes, script, arguments")
+    pipeline = commands.add_parser(
+        "tree", help="the jobs of a pipeline, a line each: name, after, nodes, script, arguments"
+    )
     pipeline.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] RECIPE")
     pipeline.set_defaults(run=_tree)
     preflight = commands.add_parser("preflight", help="is this node fit? prints `NODE ok` or `NODE bad: why`")

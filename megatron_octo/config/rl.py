@@ -238,8 +238,9 @@ class RLConfig(Settings):
         )
         require(
             samples // self.updates_per_step % self.num_devices == 0,
-            f"the {samples // self.updates_per_step} samples of an update do not divide by num_nodes {self.num_nodes} x "
-            f"num_gpus {self.num_gpus} = {self.num_devices} devices: OpenRLHF would leave the rest out",
+            f"the {samples // self.updates_per_step} samples of an update do not divide by "
+            f"num_nodes {self.num_nodes} x num_gpus {self.num_gpus} = {self.num_devices} devices: OpenRLHF would leave "
+            "the rest out",
             fix="choose other numbers of nodes, devices or updates_per_step",
         )
         require(all(self.stop), f"stop {self.stop} has an empty text", fix="leave it out: every response has it")

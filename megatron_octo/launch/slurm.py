@@ -167,8 +167,8 @@ def check_shape(config: MidTrainConfig | RLConfig | None, shape: Shape) -> str:
             raise BadInput(
                 f"{config.name} asks for num_nodes {config.num_nodes} x num_gpus {config.num_gpus}, and the job has "
                 f"{shape.nodes} nodes x {shape.gpus_per_node} GPUs",
-                fix=f"sbatch --nodes={config.num_nodes} --gpus-per-node={config.num_gpus}, or --num-nodes {shape.nodes} "
-                f"--num-gpus {shape.gpus_per_node}",
+                fix=f"sbatch --nodes={config.num_nodes} --gpus-per-node={config.num_gpus}, or "
+                f"--num-nodes {shape.nodes} --num-gpus {shape.gpus_per_node}",
             )
     return allocation
 

@@ -34,6 +34,7 @@ MARKER = "OCTO_RL_CLUSTER"  # names the cluster in the environment of each of it
 ADDRESS = "RAY_ADDRESS"  # of the cluster to join
 FOLDER, TOKEN = "octo-ray-", "ray_token"
 READY = "ready"  # what an engine says first
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray takes 127.0.0.1 for the machine's other address
 START_TRIES = 3
 STOP_TIMEOUT_S = 20
 DRAIN_S = 1.5  # Ray forwards its workers' last lines with a delay
@@ -176,7 +177,7 @@ def _engine(address: str | None, *, num_nodes: int, num_gpus: int, cuda: bool) -
         env = environment(os.environ, cuda=cuda) | marks
         if not address:
             write_token(folder / TOKEN)
-            env |= token_environment(folder / TOKEN)
+            env |= token_environment(folder / TOKEN) | LOOPBACK
         status, engine_status = os.pipe()
         asked = {
             "address": address,

@@ -1,4 +1,4 @@
-"""`python -m megatron_octo.rl.engine`: holds a Ray cluster, or joins one; runs OpenRLHF's entry point once a line of input.
+"""`python -m megatron_octo.rl.engine`: holds or joins a Ray cluster, runs OpenRLHF's entry point once a line of input.
 
 Started by `rl/cluster.py` alone. Says that Ray runs, then reads lists of arguments as JSON lines; answers "finished",
 or what failed, on a pipe of its own. Ends when its input does, and dies with its parent.

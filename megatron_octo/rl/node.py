@@ -86,7 +86,9 @@ def follow(meeting: Meeting) -> None:
                 return
             time.sleep(1)
     if meeting.is_open():
-        raise OctoError(f"Ray ended on {socket.gethostname()}, with code {ray.returncode}", fix="its lines above say why")
+        raise OctoError(
+            f"Ray ended on {socket.gethostname()}, with code {ray.returncode}", fix="its lines above say why"
+        )
 
 
 def _ray(

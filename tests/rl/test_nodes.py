@@ -17,7 +17,7 @@ import pytest
 from megatron_octo import rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.rl import RLConfig
-from megatron_octo.rl.cluster import TOKEN, cluster, token_environment
+from megatron_octo.rl.cluster import LOOPBACK, TOKEN, cluster, token_environment
 from megatron_octo.rl.collect import read_metrics
 from megatron_octo.rl.run import has_gpu
 from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
@@ -54,9 +54,9 @@ def test_a_ray_of_ones_own_takes_no_client_without_its_token() -> None:
     with cluster(num_nodes=1, num_gpus=1, cuda=False) as engine:
         address = head_of(engine.process.pid)
         (folder,) = Path("/tmp").glob(f"octo-ray-{os.getpid()}-*")
-        assert enters(address, token_environment(folder / TOKEN))
-        assert not enters(address, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64})
-        assert not enters(address, {})
+        assert enters(address, LOOPBACK | token_environment(folder / TOKEN))
+        assert not enters(address, LOOPBACK | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64})
+        assert not enters(address, LOOPBACK)
     assert not folder.exists()
 
 
