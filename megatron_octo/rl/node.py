@@ -24,7 +24,7 @@ from megatron_octo.rl.command import environment
 from megatron_octo.rl.engine import resources, start_ray
 from megatron_octo.rl.preflight import has_gpu
 
-HEAD_TIMEOUT_S = 300.0
+HEAD_TIMEOUT_S = 600.0
 UP = "ray_current_cluster"  # a file in Ray's folder, which `ray start` writes when the node is part of the cluster
 
 log = console.logger(__name__)
@@ -46,6 +46,11 @@ class Meeting:
         """Of the head."""
         return f"{self.host}:{self.port}"
 
+    @property
+    def begun(self) -> Path:
+        """The file that says that the others may join."""
+        return self.token.with_name("ray_has_begun")
+
     def is_open(self, *, tries: int = 1) -> bool:
         """Whether the head takes connections."""
         for _ in range(tries):
@@ -60,10 +65,12 @@ def lead(meeting: Meeting, argv: Sequence[str]) -> int:
     write_token(meeting.token)
     try:
         with _ray(meeting, _head):
+            meeting.begun.touch()
             run_on = {ADDRESS: meeting.address, **token_environment(meeting.token)}
             with tied_child(octo_command(*argv), env=run_on) as run:
                 return run.wait()
     finally:
+        meeting.begun.unlink(missing_ok=True)
         meeting.token.unlink(missing_ok=True)
 
 
@@ -74,12 +81,13 @@ def follow(meeting: Meeting) -> None:
         OctoError: there is none, or Ray ended here before it did there.
     """
     deadline = time.monotonic() + HEAD_TIMEOUT_S
-    while not meeting.is_open():
+    while not meeting.begun.exists():
         if time.monotonic() > deadline:
             raise OctoError(
-                f"no Ray at {meeting.address} within {HEAD_TIMEOUT_S:g} s",
-                fix="see what the first node says; may this node reach that port?",
+                f"the first node's Ray has not begun within {HEAD_TIMEOUT_S:g} s: there is no {meeting.begun}",
+                fix="see what the first node says; do all nodes see that folder?",
             )
+        time.sleep(1)
     with _ray(meeting, _worker) as ray:
         while ray.poll() is None:
             if not meeting.is_open(tries=3):
