@@ -82,7 +82,7 @@ def test_another_node_joins_once_ray_has_begun_and_ends_when_the_head_does(
 def test_a_ray_that_ends_before_the_head_is_an_error(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "_worker", STAYS.replace("60", "0.5") + "; sys.exit(7)")
     meeting.begun.touch()
-    with pytest.raises(OctoError, match="Ray ended on .* with code 7"):
+    with pytest.raises(OctoError, match=r"Ray ended on .* with code 7"):
         follow(meeting)
 
 
