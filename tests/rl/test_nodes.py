@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from megatron_octo.rl.collect import read_metrics
 from megatron_octo.rl.run import has_gpu
 from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
 from tests.conftest import REPOSITORY
-from tests.rl.test_openrlhf import write_model
+from tests.rl.test_openrlhf import LEARNING_RATE, write_model
 
 for package in ("openrlhf", "ray", "vllm", "deepspeed"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -83,9 +84,16 @@ def start_node(rank: int, config: RLConfig, port: int) -> subprocess.Popen[str]:
     )
 
 
-def test_two_nodes_train_one_model_and_each_one_s_vllm_has_its_weights(config: RLConfig) -> None:
+def on_two_nodes(config: RLConfig, num_steps: int) -> RLConfig:
+    """`config` on two nodes of a device each, with a model and answers of which it finds about half."""
     write_model(config.model)
-    config = replace(config, num_nodes=2, num_steps=3, learning_rate=5e-3)
+    rows = [json.loads(line) for line in config.prompts.read_text().splitlines()]
+    config.prompts.write_text("".join(json.dumps({**row, "label": "1"}) + "\n" for row in rows))
+    return replace(config, num_nodes=2, num_steps=num_steps, learning_rate=LEARNING_RATE, stop=("1}", "2}"))
+
+
+def test_two_nodes_train_one_model_and_each_one_s_vllm_has_its_weights(config: RLConfig) -> None:
+    config = on_two_nodes(config, num_steps=3)
     port = free_port()
     first, second = (start_node(rank, config, port) for rank in (0, 1))
     try:
@@ -102,7 +110,7 @@ def test_two_nodes_train_one_model_and_each_one_s_vllm_has_its_weights(config: R
             each.wait(60)
     rows = read_metrics(config.output / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU for row in rows)
+    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU and row["optim/grad_norm"] > 0 for row in rows)
     assert rundir.is_done(config.output)
     # each rank has its part of the optimizer
     assert len(list((config.output / "openrlhf/_actor/global_step3").glob("*optim_states.pt"))) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,8 +18,7 @@ from megatron_octo.rl.collect import read_metrics
 from megatron_octo.rl.run import has_gpu
 from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
 from tests.rl.conftest import two_steps
-from tests.rl.test_nodes import enters
-from tests.rl.test_openrlhf import write_model
+from tests.rl.test_nodes import enters, on_two_nodes
 from tests.slurm.cluster import Cluster
 
 for package in ("openrlhf", "ray", "vllm", "deepspeed"):
@@ -46,8 +44,7 @@ def node_tasks(slurm: Cluster, job: str) -> dict[str, int]:
 
 
 def test_rl_on_two_nodes_goes_on_after_one_is_killed(slurm: Cluster, checkout: Path) -> None:
-    write_model(checkout / "model")
-    config = replace(two_steps(checkout, checkout / "model"), num_nodes=2, num_steps=4, learning_rate=5e-3)
+    config = on_two_nodes(two_steps(checkout, checkout / "model"), num_steps=4)
     rundir.write_json(checkout / "rl.json", to_dict(config))
     shape = ["--nodes=2", "--gpus-per-node=1"]
     job = slurm("sbatch", "--parsable", *shape, "slurm/rl.sh", "--recipe", checkout / "rl.json", cwd=checkout)
@@ -72,7 +69,7 @@ def test_rl_on_two_nodes_goes_on_after_one_is_killed(slurm: Cluster, checkout: P
 
     rows = read_metrics(config.output / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU for row in rows)
+    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU and row["optim/grad_norm"] > 0 for row in rows)
     assert rundir.is_done(config.output)
     ranks = (checkout / "runs" / "slurm" / f"{job}.1" / "ranks.txt").read_text()
     assert "goes on after step" in ranks
