@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(has_gpu(), reason="the tiny model is for machines without a GPU"),
 ]
 JOB_TIMEOUT_S = 1200
+NUM_STEPS = 12  # seconds each, so that the kill comes before the end
 
 
 def node_tasks(slurm: Cluster, job: str) -> dict[str, int]:
@@ -44,7 +45,7 @@ def node_tasks(slurm: Cluster, job: str) -> dict[str, int]:
 
 
 def test_rl_on_two_nodes_goes_on_after_one_is_killed(slurm: Cluster, checkout: Path) -> None:
-    config = on_two_nodes(two_steps(checkout, checkout / "model"), num_steps=4)
+    config = on_two_nodes(two_steps(checkout, checkout / "model"), num_steps=NUM_STEPS)
     rundir.write_json(checkout / "rl.json", to_dict(config))
     shape = ["--nodes=2", "--gpus-per-node=1"]
     job = slurm("sbatch", "--parsable", *shape, "slurm/rl.sh", "--recipe", checkout / "rl.json", cwd=checkout)
@@ -52,14 +53,15 @@ def test_rl_on_two_nodes_goes_on_after_one_is_killed(slurm: Cluster, checkout: P
     def said() -> str:
         return next((checkout / "slurm" / "logs").glob(f"rl-{job}.out")).read_text()
 
-    slurm.wait(job, lambda: saves.last(config.output) >= 2 or slurm.state(job) == "FAILED", JOB_TIMEOUT_S)
-    assert slurm.state(job) == "RUNNING", said()
     token = checkout / "runs" / "slurm" / f"{job}.0" / "ray_token"
+    slurm.wait(job, lambda: token.with_name("ray_has_begun").exists() or slurm.state(job) == "FAILED", JOB_TIMEOUT_S)
+    assert slurm.state(job) == "RUNNING", said()
     assert token.stat().st_mode & 0o777 == 0o600
     address = f"127.0.0.1:{20_000 + int(job) % 20_000}"
     assert enters(address, token_environment(token))
     assert not enters(address, {})
 
+    slurm.wait(job, lambda: saves.last(config.output) >= 1 or slurm.state(job) == "FAILED", JOB_TIMEOUT_S)
     tasks = node_tasks(slurm, job)
     assert set(tasks) == {"node1", "node2"}
     os.kill(tasks["node2"], signal.SIGKILL)
@@ -68,7 +70,7 @@ def test_rl_on_two_nodes_goes_on_after_one_is_killed(slurm: Cluster, checkout: P
     assert slurm.wait_end(job, JOB_TIMEOUT_S) == "COMPLETED", said()
 
     rows = read_metrics(config.output / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
     assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU and row["optim/grad_norm"] > 0 for row in rows)
     assert rundir.is_done(config.output)
     ranks = (checkout / "runs" / "slurm" / f"{job}.1" / "ranks.txt").read_text()
