@@ -17,7 +17,7 @@ import pytest
 
 from megatron_octo import rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.rl import LongerResponses, RLConfig
 from megatron_octo.rl.cluster import LOOPBACK, TOKEN, cluster, token_environment
 from megatron_octo.rl.collect import read_metrics
 from megatron_octo.rl.run import has_gpu
@@ -93,7 +93,8 @@ def on_two_nodes(config: RLConfig, num_steps: int) -> RLConfig:
 
 
 def test_two_nodes_train_one_model_and_each_one_s_vllm_has_its_weights(config: RLConfig) -> None:
-    config = on_two_nodes(config, num_steps=3)
+    longer = (LongerResponses(after_step=2, max_response_tokens=20),)  # OpenRLHF is ended in between, Ray is not
+    config = replace(on_two_nodes(config, num_steps=4), save_every_steps=2, longer_responses=longer)
     port = free_port()
     first, second = (start_node(rank, config, port) for rank in (0, 1))
     try:
@@ -109,10 +110,10 @@ def test_two_nodes_train_one_model_and_each_one_s_vllm_has_its_weights(config: R
             each.terminate()
             each.wait(60)
     rows = read_metrics(config.output / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU and row["optim/grad_norm"] > 0 for row in rows)
     assert rundir.is_done(config.output)
     # each rank has its part of the optimizer
-    assert len(list((config.output / "openrlhf/_actor/global_step3").glob("*optim_states.pt"))) == 2
+    assert len(list((config.output / "openrlhf/_actor/global_step4").glob("*optim_states.pt"))) == 2
     assert not config.prompts.with_name(TOKEN).exists()
     assert not list(Path("/tmp").glob(f"octo-ray-{first.pid}-*")) + list(Path("/tmp").glob(f"octo-ray-{second.pid}-*"))
