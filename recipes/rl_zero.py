@@ -23,7 +23,10 @@ the base models in runs/hf/NAME, and the problems in runs/prompts/math8k, by
 
 190 of these problems share 13 words with one of MATH500 (decontaminate_against leaves them out; the paper does not).
 
-Hardware: one node of 8 GPUs of 80 GB. Time and scores: not yet measured.
+Hardware: one node of 8 GPUs of 80 GB holds every size: of the 8B, 16 bytes a parameter over 8 GPUs are 16 GB of
+training state a GPU, and vLLM's own copy is 16 GB of its 48 (60%). A second node (`--num-nodes 2`) is for time: it
+halves what each engine has to generate, of which the 8,192 tokens of the long branch have most. What is left then
+depends on the fabric, over which ZeRO gathers weights. Time and scores: not yet measured.
 """
 
 from dataclasses import replace

@@ -18,13 +18,14 @@ tree=$("${OCTO[@]}" slurm tree -- "${options[@]}" "${1:-recipes/road.py:llama32_
 
 declare -A id=()
 trap '(($? == 0 || ${#id[@]} == 0)) || scancel "${id[@]}"' EXIT # all jobs, or none
-while IFS=$'\t' read -r name after script args; do
+while IFS=$'\t' read -r name after nodes script args; do
     words=(--parsable --job-name="${name// /-}" --kill-on-invalid-dep=yes)
     ids=''
     IFS=, read -ra names <<<"$after"
     for each in "${names[@]}"; do [[ $each == - ]] || ids+=":${id[$each]}"; done
     [[ $ids ]] && words+=(--dependency="afterok$ids")
     [[ $script == stable_200b || $script == decay_20b ]] && words+=("${options[@]}")
+    ((nodes)) && words+=("--nodes=$nodes")
     IFS=$'\t' read -ra arguments <<<"$args"
     id[$name]=$(sbatch "${words[@]}" "slurm/$script.sh" "${arguments[@]}")
     echo "job ${id[$name]}  $name${ids:+  after ${ids#:}}"

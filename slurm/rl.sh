@@ -1,7 +1,8 @@
 #!/bin/bash
-# R1-Zero on a branch, on one node: Ray's head and workers are this node's, and ask for a token of this job's own.
+# R1-Zero on a branch: Ray's head and workers are the job's nodes, and ask for a token of this job's own.
 #   sbatch slurm/rl.sh long
 #   sbatch slurm/rl.sh long --model llama31_8b --num-steps 100
+#   sbatch --nodes=2 slurm/rl.sh long --num-nodes 2
 #SBATCH --job-name=rl
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": "sample and grade answers with vLLM",
     "pipeline": "the stages in a row; resumes where it stopped",
     "report": "one page: lineage, curves, accuracy before and after RL",
-    "slurm": "check, plan, tree, preflight: what slurm/*.sh ask before and in a job",
+    "slurm": "check, plan, tree, preflight, node: what slurm/*.sh ask before and in a job",
     "launch": "a training or RL run through NeMo-Run, on Slurm or here",
     "runs": "list, tree, show: how far each run is, who descends from whom",
     "recipes": "list, show: the recipes in a folder",

@@ -22,7 +22,9 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = recipe_parser("launch", "Launch a training or RL run through NeMo-Run (an extra), here or on Slurm.")
     options.add_argument("--on", choices=("slurm", "local"), required=True, help="where")
-    options.add_argument("--nodes", type=at_least_one, help="on Slurm: nodes (default: 8)")
+    options.add_argument(
+        "--nodes", type=at_least_one, help="on Slurm: nodes (default: 8; for RL as many as it asks for)"
+    )
     options.add_argument("--gpus-per-node", type=at_least_one, help="ranks of a node (on Slurm 8, here 1)")
     options.add_argument("--time", default="24:00:00", help="on Slurm: the time limit of each start (24:00:00)")
     options.add_argument("--account", default="", help="on Slurm")
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     command = "rl" if isinstance(config, RLConfig) else "train"
     job = Job(argv=(command, own.recipe, *overrides), config=config)
     default = Shape(nodes=8, gpus_per_node=8) if own.on == "slurm" else Shape(nodes=1, gpus_per_node=1)
-    nodes = own.nodes or (default.nodes if command == "train" else 1)
+    nodes = own.nodes or (config.num_nodes if isinstance(config, RLConfig) else default.nodes)
     shape = Shape(nodes=nodes, gpus_per_node=own.gpus_per_node or default.gpus_per_node)
     arithmetic = check_shape(config, shape)
     console.logger(__name__).info("%s", arithmetic)

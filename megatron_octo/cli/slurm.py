@@ -1,10 +1,12 @@
-"""`octo slurm check | plan | tree | preflight`: what slurm/*.sh ask before, and at the start of, a job."""
+"""`octo slurm check | plan | tree | preflight | node`: what slurm/*.sh ask before a job, and in it."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +21,13 @@ from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.launch.pipeline import check, write_settings
 from megatron_octo.launch.preflight import faults, node_name
 from megatron_octo.launch.slurm import Job, Shape, check_logs, check_shape, job, requested, tree
+from megatron_octo.platform.process import terminate_as_interrupt
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = parser("slurm", "What slurm/*.sh ask. `sbatch slurm/NAME.sh` needs none of these by hand.")
-    commands = options.add_subparsers(dest="command", required=True, metavar="check | plan | tree | preflight")
+    commands = options.add_subparsers(dest="command", required=True, metavar="check | plan | tree | preflight | node")
     before = commands.add_parser("check", help="would `sbatch OPTIONS slurm/NAME.sh ARGUMENTS` fit? submits nothing")
     before.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] slurm/NAME.sh [ARGUMENTS]")
     before.set_defaults(run=_check)
@@ -34,7 +37,9 @@ def main(argv: Sequence[str]) -> None:
     plan.add_argument("--records", type=Path, required=True, help="folder for argv, run, plan.txt and config.json")
     plan.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME [ARGUMENTS]")
     plan.set_defaults(run=_plan)
-    pipeline = commands.add_parser("tree", help="the jobs of a pipeline, a line each: name, after, script, arguments")
+    pipeline = commands.add_parser(
+        "tree", help="the jobs of a pipeline, a line each: name, after, nodes, script, arguments"
+    )
     pipeline.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] RECIPE")
     pipeline.set_defaults(run=_tree)
     preflight = commands.add_parser("preflight", help="is this node fit? prints `NODE ok` or `NODE bad: why`")
@@ -42,6 +47,11 @@ def main(argv: Sequence[str]) -> None:
     preflight.add_argument("--clock", type=float, help="the time on the first node, seconds since 1970")
     preflight.add_argument("--command", default="", help="a check of the site's own")
     preflight.set_defaults(run=_preflight)
+    node = commands.add_parser("node", help="a node's part in RL on several: the first runs `octo rl`, the others join")
+    node.add_argument("--gpus", type=int, required=True, help="GPUs that it brings")
+    node.add_argument("--token", type=Path, required=True, help="file for Ray's token, which the first one writes")
+    node.add_argument("words", nargs=argparse.REMAINDER, metavar="-- rl ARGUMENTS")
+    node.set_defaults(run=_node)
     own = options.parse_args(argv)
     own.run(own)
 
@@ -69,7 +79,7 @@ def _tree(own: argparse.Namespace) -> None:
     check(config)
     write_settings(config)
     for each in tree(config):
-        console.emit("\t".join((each.name, ",".join(each.after) or "-", each.script, *each.args)))
+        console.emit("\t".join((each.name, ",".join(each.after) or "-", str(each.nodes), each.script, *each.args)))
 
 
 def _plan(own: argparse.Namespace) -> None:
@@ -107,3 +117,16 @@ def _preflight(own: argparse.Namespace) -> None:
     console.emit(f"{node_name()} {'bad: ' + '; '.join(found) if found else 'ok'}")
     if found:
         raise OctoError(f"node {node_name()} is not fit: {'; '.join(found)}", fix="leave it out: sbatch --exclude")
+
+
+def _node(own: argparse.Namespace) -> None:
+    from megatron_octo.rl.node import Meeting, follow, lead
+
+    host = socket.gethostbyname(os.environ["MASTER_ADDR"])
+    port, token = int(os.environ["MASTER_PORT"]), own.token.absolute()
+    meeting = Meeting(host=host, port=port, token=token, num_gpus=own.gpus)
+    with terminate_as_interrupt():
+        if os.environ["SLURM_PROCID"] != "0":
+            follow(meeting)
+        elif code := lead(meeting, own.words[1:]):
+            sys.exit(code)

@@ -202,8 +202,10 @@ class RLConfig(Settings):
     """Tokens in one packed training pass of a rank; attention over a pack costs its square on a CPU."""
     zero_stage: int = 3
     """DeepSpeed ZeRO stage: 2 shares optimizer and gradients, 3 the weights too."""
+    num_nodes: int = 1
+    """Nodes that share rollouts and training; above 1 they are a Slurm job's, or a Ray cluster's that is there."""
     num_gpus: int = 8
-    """Devices of one node that share rollouts and training. A CPU counts one logical device."""
+    """Devices of each node. A CPU counts one logical device."""
     save_every_steps: int = 20
     """Rollout steps between saves: a checkpoint to go on from, and a Hugging Face copy."""
     keep_last_saves: int = 2
@@ -222,6 +224,7 @@ class RLConfig(Settings):
             "updates_per_step",
             "save_every_steps",
             "keep_last_saves",
+            "num_nodes",
             "num_gpus",
         )
         lengths = ("max_prompt_tokens", "max_response_tokens", "max_tokens_per_gpu")
@@ -232,6 +235,13 @@ class RLConfig(Settings):
             f"prompts_per_step {self.prompts_per_step} x samples_per_prompt {self.samples_per_prompt} = {samples} "
             f"samples do not divide by updates_per_step {self.updates_per_step}",
             fix="choose updates_per_step among the divisors",
+        )
+        require(
+            samples // self.updates_per_step % self.num_devices == 0,
+            f"the {samples // self.updates_per_step} samples of an update do not divide by "
+            f"num_nodes {self.num_nodes} x num_gpus {self.num_gpus} = {self.num_devices} devices: OpenRLHF would leave "
+            "the rest out",
+            fix="choose other numbers of nodes, devices or updates_per_step",
         )
         require(all(self.stop), f"stop {self.stop} has an empty text", fix="leave it out: every response has it")
         require(
@@ -253,6 +263,11 @@ class RLConfig(Settings):
                 fix="write the borders in rollout steps, ascending, and have save_every_steps divide them",
             )
             before = stage.after_step
+
+    @property
+    def num_devices(self) -> int:
+        """Of all nodes."""
+        return self.num_nodes * self.num_gpus
 
     @property
     def stages(self) -> tuple[LengthStage, ...]:

@@ -103,6 +103,8 @@ class TreeJob:
     """Jobs that must have succeeded."""
     script: str
     args: tuple[str, ...]
+    nodes: int = 0
+    """That it needs; 0 for the script's own number, or the user's."""
 
 
 def tree(config: PipelineConfig) -> list[TreeJob]:
@@ -147,7 +149,8 @@ def _rl_job(config: PipelineConfig, run: RLConfig, exports: Mapping[str, str]) -
     made_of = (name.removeprefix("train ") for name in exports)
     parent = next((name for name in made_of if rundir.run_folder(name) in run.model.parents), "")
     settings = str(stage_file(config, run))
-    return TreeJob(name=run.name, after=(f"export {parent}",), script="rl", args=("--recipe", settings))
+    args = ("--recipe", settings)
+    return TreeJob(name=run.name, after=(f"export {parent}",), script="rl", args=args, nodes=run.num_nodes)
 
 
 def check_shape(config: MidTrainConfig | RLConfig | None, shape: Shape) -> str:
@@ -160,11 +163,12 @@ def check_shape(config: MidTrainConfig | RLConfig | None, shape: Shape) -> str:
     match config:
         case MidTrainConfig():
             return f"{allocation}\n{_train_plan(config, shape)}"
-        case RLConfig() if config.num_gpus > shape.ranks:
+        case RLConfig() if config.num_nodes != shape.nodes or config.num_gpus > shape.gpus_per_node:
             raise BadInput(
-                f"{config.name} asks for num_gpus {config.num_gpus}, and the job has {shape.nodes} nodes x "
-                f"{shape.gpus_per_node} GPUs = {shape.ranks}",
-                fix=f"sbatch --gpus-per-node={config.num_gpus}, or --num-gpus {shape.ranks}",
+                f"{config.name} asks for num_nodes {config.num_nodes} x num_gpus {config.num_gpus}, and the job has "
+                f"{shape.nodes} nodes x {shape.gpus_per_node} GPUs",
+                fix=f"sbatch --nodes={config.num_nodes} --gpus-per-node={config.num_gpus}, or "
+                f"--num-nodes {shape.nodes} --num-gpus {shape.gpus_per_node}",
             )
     return allocation
 

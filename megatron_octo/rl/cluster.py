@@ -1,9 +1,9 @@
-"""One process that holds a Ray cluster and runs OpenRLHF on it, as often as asked.
+"""One process that holds a Ray cluster, or joins one, and runs OpenRLHF on it, as often as asked.
 
 Starting Ray and importing OpenRLHF is most of what a small run costs, so runs in a row share both.
-The cluster is this machine's own: bound to 127.0.0.1, its files in a temporary folder. It ends with
-the process that opened it, whatever ends that: the kernel kills the engine, Ray's processes follow
-the engine, and `cluster` sweeps what is left.
+Without RAY_ADDRESS the cluster is this machine's own: its files in a temporary folder, closed to who lacks
+the token in there. It ends with the process that opened it, whatever ends that: the kernel kills the engine,
+Ray's processes follow the engine, and what is left is swept up.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import selectors
 import shutil
 import signal
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +31,11 @@ from megatron_octo.errors import OctoError
 from megatron_octo.rl.command import environment
 
 MARKER = "OCTO_RL_CLUSTER"  # names the cluster in the environment of each of its processes
-FOLDER = "octo-ray-"
+ADDRESS = "RAY_ADDRESS"  # of the cluster to join
+FOLDER, TOKEN = "octo-ray-", "ray_token"
+READY = "ready"  # what an engine says first
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray takes 127.0.0.1 for the machine's other address
+START_TRIES = 3
 STOP_TIMEOUT_S = 20
 DRAIN_S = 1.5  # Ray forwards its workers' last lines with a delay
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -39,6 +45,10 @@ log = console.logger(__name__)
 
 class RunFailed(Exception):
     """OpenRLHF ended with an error, or its process did."""
+
+
+class NotStarted(Exception):
+    """Ray did not start."""
 
 
 @dataclass(slots=True)
@@ -51,6 +61,17 @@ class Cluster:
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     buffers: dict[int, bytes] = field(default_factory=dict)
     """The unfinished line of each pipe."""
+
+    def wait_ready(self) -> None:
+        """Wait until Ray runs.
+
+        Raises:
+            NotStarted: it does not; the message has the end of what it said.
+        """
+        lines = deque[str](maxlen=200)
+        message = self._follow(lines.append, lambda: False)
+        if message != READY:
+            raise NotStarted("\n".join([str(message), *(f"    {line}" for line in meaningful(lines))]))
 
     def run(
         self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool] = lambda: False
@@ -105,45 +126,115 @@ def _clean(line: bytes) -> str:
     return _ESCAPES.sub("", line.decode(errors="replace").rstrip("\r").rpartition("\r")[2])
 
 
-@contextlib.contextmanager
-def cluster(*, num_gpus: int, cuda: bool) -> Iterator[Cluster]:
-    """Start an engine with `num_gpus` devices (logical ones without CUDA); end it and all it started afterwards.
+def cluster(*, num_nodes: int, num_gpus: int, cuda: bool) -> contextlib.AbstractContextManager[Cluster]:
+    """An engine on a cluster of nodes with `num_gpus` devices each (logical ones without CUDA), and its end.
 
+    The cluster is the one at RAY_ADDRESS, else this machine's own, which is started, and ends with the engine.
     Call it from the main thread: the engine dies with the thread that starts it, and SIGTERM is handled meanwhile.
+
+    Raises:
+        OctoError: Ray does not start, or cannot be joined.
     """
+    address = os.environ.get(ADDRESS)
+    return started(
+        lambda: _engine(address, num_nodes=num_nodes, num_gpus=num_gpus, cuda=cuda),
+        tries=1 if address else START_TRIES,
+        fix=f"{ADDRESS} is {address}: is Ray there (`ray status`), with these devices and this token "
+        f"(RAY_AUTH_TOKEN_PATH)? Without {ADDRESS} this machine's own Ray is started"
+        if address
+        else "is the machine out of memory, or /tmp full, or is it too busy? Then run it again",
+    )
+
+
+@contextlib.contextmanager
+def started[T](start: Callable[[], contextlib.AbstractContextManager[T]], *, tries: int, fix: str) -> Iterator[T]:
+    """Enter what `start` makes; where Ray does not start in it, as on a busy machine, try again.
+
+    Raises:
+        OctoError: it did not at the last try either.
+    """
+    for left in reversed(range(tries)):
+        with contextlib.ExitStack() as stack:
+            try:
+                entered = stack.enter_context(start())
+            except NotStarted as failure:
+                if not left:
+                    raise OctoError(f"Ray is not ready: {failure}", fix=fix) from None
+                log.warning("Ray did not start, and is tried again (%d left): %s", left, failure)
+                continue
+            yield entered
+            return
+
+
+@contextlib.contextmanager
+def _engine(address: str | None, *, num_nodes: int, num_gpus: int, cuda: bool) -> Iterator[Cluster]:
+    """One try at `cluster`.
+
+    Raises:
+        NotStarted: so it is; nothing is left of it.
+    """
+    with home() as (folder, marks):
+        env = environment(os.environ, cuda=cuda) | marks
+        if not address:
+            write_token(folder / TOKEN)
+            env |= token_environment(folder / TOKEN) | LOOPBACK
+        status, engine_status = os.pipe()
+        asked = {
+            "address": address,
+            "folder": str(folder),
+            "num_nodes": num_nodes,
+            "num_gpus": num_gpus,
+            "cuda": cuda,
+            "status": engine_status,
+            "parent": os.getpid(),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_octo.rl.engine", json.dumps(asked)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+            pass_fds=(engine_status,),
+            start_new_session=True,  # an interrupt from the keyboard is ours to handle
+        )
+        os.close(engine_status)
+        assert process.stdout is not None
+        out = Cluster(process, status)
+        for fd in (process.stdout.fileno(), status):
+            out.selector.register(fd, selectors.EVENT_READ)
+        before = signal.signal(signal.SIGTERM, _end)
+        try:
+            out.wait_ready()
+            yield out
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            out.selector.close()
+            _stop(process)
+            os.close(status)
+
+
+@contextlib.contextmanager
+def home() -> Iterator[tuple[Path, dict[str, str]]]:
+    """A temporary folder for Ray, and what marks its processes in their environment; both are gone afterwards."""
     _remove_stale_folders()
     # Ray's sockets lie in it, and their names may have 107 characters in all
     name, folder = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir="/tmp"))
-    env = environment(os.environ, cuda=cuda) | {MARKER: name, "HF_DATASETS_CACHE": str(folder / "datasets")}
-    env.pop("RAY_ADDRESS", None)
-    status, engine_status = os.pipe()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "megatron_octo.rl.engine"),
-            *(str(folder), str(num_gpus), str(int(cuda)), str(engine_status), str(os.getpid())),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=env,
-        pass_fds=(engine_status,),
-        start_new_session=True,  # an interrupt from the keyboard is ours to handle
-    )
-    os.close(engine_status)
-    assert process.stdout is not None
-    out = Cluster(process, status)
-    for fd in (process.stdout.fileno(), status):
-        out.selector.register(fd, selectors.EVENT_READ)
-    before = signal.signal(signal.SIGTERM, _end)
     try:
-        yield out
+        yield folder, {MARKER: name, "HF_DATASETS_CACHE": str(folder / "datasets")}
     finally:
-        signal.signal(signal.SIGTERM, before)
-        out.selector.close()
-        _stop(process)
         _sweep(name)
-        os.close(status)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_token(path: Path) -> None:
+    """A new token for Ray's clients, in a file that only its owner reads."""
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def token_environment(path: Path) -> dict[str, str]:
+    """What has Ray, and its clients, ask for the token and show it."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path), "RAY_AUTH_TOKEN": ""}
 
 
 def _end(number: int, _: object) -> None:

@@ -55,9 +55,9 @@ def command(config: RLConfig, *, stage: LengthStage, num_episodes: int, cuda: bo
         "algo.advantage.is_correction_level": "token",
         "algo.advantage.is_correction_mode": "clip",
         # the devices, shared by rollouts and training
-        "actor.num_nodes": 1,
+        "actor.num_nodes": config.num_nodes,
         "actor.num_gpus_per_node": config.num_gpus,
-        "vllm.num_engines": config.num_gpus,
+        "vllm.num_engines": config.num_devices,
         "vllm.tensor_parallel_size": 1,
         "train.colocate_all": True,
         "ds.zero_stage": config.zero_stage,
@@ -87,7 +87,7 @@ def command(config: RLConfig, *, stage: LengthStage, num_episodes: int, cuda: bo
         }
     if config.kl_coefficient > 0:
         flags |= {
-            "ref.num_nodes": 1,
+            "ref.num_nodes": config.num_nodes,
             "ref.num_gpus_per_node": config.num_gpus,
             "algo.kl.use_loss": True,
             "algo.kl.estimator": "k3",

@@ -1,7 +1,7 @@
-"""`python -m megatron_octo.rl.engine`: holds a Ray cluster, runs OpenRLHF's own entry point once a line of input.
+"""`python -m megatron_octo.rl.engine`: holds or joins a Ray cluster, runs OpenRLHF's entry point once a line of input.
 
-Started by `rl/cluster.py` alone. Reads lists of arguments as JSON lines; answers "finished", or how the
-run failed, on a pipe of its own. Ends when its input does, and dies with its parent.
+Started by `rl/cluster.py` alone. Says that Ray runs, then reads lists of arguments as JSON lines; answers "finished",
+or what failed, on a pipe of its own. Ends when its input does, and dies with its parent.
 """
 
 from __future__ import annotations
@@ -15,46 +15,113 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_octo.errors import OctoError
 from megatron_octo.platform.deepspeed_kernels import compile_cpu_kernels
 from megatron_octo.platform.process import die_with
+from megatron_octo.rl.cluster import READY
+from megatron_octo.rl.command import environment
 
 ENTRY = "openrlhf.cli.train_ppo_ray"
 OBJECT_STORE_BYTES_CPU = 512 * 1024**2
 RELEASE_TIMEOUT_S = 30
+NODES_TIMEOUT_S = 300.0
 
 
-def main(folder: Path, num_gpus: int, cuda: bool, status: int, parent: int) -> None:
+def main(
+    *, address: str | None, folder: str, num_nodes: int, num_gpus: int, cuda: bool, status: int, parent: int
+) -> None:
     """Serve runs until the input ends."""
+
+    def begin() -> None:
+        if address:
+            join_ray(address, num_nodes=num_nodes, num_gpus=num_gpus, cuda=cuda)
+        else:
+            start_ray(Path(folder), num_gpus=num_gpus, cuda=cuda)
+
+    def say(message: str) -> None:
+        os.write(status, json.dumps(message).encode() + b"\n")
+
     die_with(parent, signal.SIGKILL)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray's own ending runs at exit
     preload = threading.Thread(target=_preload, args=(cuda,), daemon=True)  # meanwhile Ray's processes start
     preload.start()
-    start_ray(folder, num_gpus=num_gpus, cuda=cuda)
+    say(_outcome(begin, READY))
     preload.join()
     for line in sys.stdin:
-        message = _run(json.loads(line))
-        release()
-        os.write(status, json.dumps(message).encode() + b"\n")
+        sys.argv = [ENTRY, *json.loads(line)]
+        message = _outcome(lambda: runpy.run_module(ENTRY, run_name="__main__"), "finished")
+        if address:
+            _leave_ray()  # which frees what this run held, and touches nobody else's
+            begin()
+        else:
+            release()
+        say(message)
 
 
-def start_ray(folder: Path, *, num_gpus: int, cuda: bool) -> None:
-    """Start this machine's own cluster; its processes are killed with this one."""
+def _outcome(act: Callable[[], object], done: str) -> str:
+    """`done`, or how `act` failed."""
+    try:
+        act()
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return done
+
+
+def start_ray(folder: Path, *, num_gpus: int, cuda: bool, host: str = "127.0.0.1") -> None:
+    """Start a cluster, of this node for now; its processes are killed with this one."""
     import ray
 
     ray.init(
         address="local",
-        # each device holds one bundle of one CPU, and OpenRLHF's controller takes one
-        num_cpus=2 * num_gpus + 1,
-        num_gpus=num_gpus,
+        **resources(num_gpus=num_gpus, cuda=cuda),
         include_dashboard=False,
-        object_store_memory=None if cuda else OBJECT_STORE_BYTES_CPU,
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=host,
         _temp_dir=str(folder),
         logging_level="warning",
     )
+
+
+def resources(*, num_gpus: int, cuda: bool) -> dict[str, int]:
+    """What a node of ours gives to Ray."""
+    # each device holds one bundle of one CPU, and OpenRLHF's controller takes one
+    shares = {"num_cpus": 2 * num_gpus + 1, "num_gpus": num_gpus}
+    return shares if cuda else shares | {"object_store_memory": OBJECT_STORE_BYTES_CPU}
+
+
+def join_ray(address: str, *, num_nodes: int, num_gpus: int, cuda: bool) -> None:
+    """Connect to a cluster, and wait until it has `num_nodes` nodes of `num_gpus` devices.
+
+    Raises:
+        OctoError: it has not, for long.
+    """
+    import ray
+
+    # its nodes may have been started with any other environment
+    variables = {name: os.environ[name] for name in environment({}, cuda=cuda)}
+    ray.init(address=address, runtime_env={"env_vars": variables}, logging_level="warning")
+    deadline = time.monotonic() + NODES_TIMEOUT_S
+    while (there := sum(_devices(node) >= num_gpus for node in ray.nodes())) < num_nodes:
+        if time.monotonic() > deadline:
+            raise OctoError(
+                f"{there} of {num_nodes} nodes with {num_gpus} devices are there after {NODES_TIMEOUT_S:g} s"
+            )
+        time.sleep(1)
+
+
+def _devices(node: dict[str, Any]) -> float:
+    amount: float = node["Resources"].get("GPU", 0.0) if node["Alive"] else 0.0
+    return amount
+
+
+def _leave_ray() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 def _preload(cuda: bool) -> None:
@@ -63,16 +130,6 @@ def _preload(cuda: bool) -> None:
 
     if not cuda:
         compile_cpu_kernels()
-
-
-def _run(arguments: list[str]) -> str:
-    sys.argv = [ENTRY, *arguments]
-    try:
-        runpy.run_module(ENTRY, run_name="__main__")
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return "finished"
 
 
 def release() -> None:
@@ -102,5 +159,4 @@ def _group(identifier: str) -> Any:
 
 
 if __name__ == "__main__":
-    _, _folder, _num_gpus, _cuda, _status, _parent = sys.argv
-    main(Path(_folder), int(_num_gpus), bool(int(_cuda)), int(_status), int(_parent))
+    main(**json.loads(sys.argv[1]))

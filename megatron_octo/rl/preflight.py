@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 import socket
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_octo.config.rl import RLConfig
 from megatron_octo.data.tokenizer import check_vocabulary
 from megatron_octo.errors import BadInput
 from megatron_octo.rl import prompts
+from megatron_octo.rl.cluster import ADDRESS
 from megatron_octo.rl.command import CHECKPOINTS, check_command, command
 from megatron_octo.rl.reward import reward
 
@@ -51,10 +53,30 @@ def check(config: RLConfig, *, cuda: bool) -> tuple[prompts.PromptPlan, prompts.
     Raises:
         BadInput: something is missing or wrong.
     """
+    check_cluster(config)
     check_machine(config, cuda=cuda)
     plan, report = check_files(config, cuda=cuda)
     check_command(command(config, stage=config.stages[-1], num_episodes=plan.num_episodes, cuda=cuda))
     return plan, report
+
+
+def check_cluster(config: RLConfig) -> None:
+    """Refuse several nodes without a cluster of theirs, and a way to join one that OpenRLHF cannot go.
+
+    Raises:
+        BadInput: so it is.
+    """
+    address = os.environ.get(ADDRESS, "")
+    if config.num_nodes > 1 and not address:
+        raise BadInput(
+            f"num_nodes {config.num_nodes}, and {ADDRESS} names no cluster: this machine's own Ray has one node",
+            fix=f"sbatch --nodes={config.num_nodes} slurm/rl.sh, or {ADDRESS}=HOST:PORT where Ray runs; see docs/rl.md",
+        )
+    if "://" in address:
+        raise BadInput(
+            f"{ADDRESS} {address} leads to Ray Client, which OpenRLHF cannot use",
+            fix="run it on a node of the cluster, with HOST:PORT of its head (6379 is Ray's usual port)",
+        )
 
 
 def check_machine(config: RLConfig, *, cuda: bool) -> None:

@@ -50,11 +50,12 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
         require_linux()
         cuda = has_gpu()
         plans = [check(config, cuda=cuda) for config in pending]
-        num_gpus, work = max(config.num_gpus for config in pending), deque(zip(pending, plans, strict=True))
+        most = {name: max(getattr(config, name) for config in pending) for name in ("num_nodes", "num_gpus")}
+        work = deque(zip(pending, plans, strict=True))
         while work:
             # one that ends at a border of its length schedule, or in trouble, leaves no cluster to go on with
             try:
-                with cluster(num_gpus=num_gpus, cuda=cuda) as engine:
+                with cluster(**most, cuda=cuda) as engine:
                     while work and _run(work[0][0], *work[0][1], engine, cuda=cuda):
                         work.popleft()
             except watch.Trouble as trouble:

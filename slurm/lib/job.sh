@@ -4,7 +4,7 @@
 #   records  what was run, where and from which code      $OCTO_RUNS/slurm/JOB.RESTART/
 #   plan     the `octo` command, checked against the allocation before anything runs
 #   preflight  a check of each node; a bad one is left out and the job requeued
-#   ranks    one a GPU for training, else one task; they meet at the first node
+#   ranks    one a GPU for training, one a node for RL on several, else one task; they meet at the first node
 #   end      done, stopped, failed, or requeued: never again for bad input, nor after OCTO_TRIES crashes without a save
 #
 # Exit codes are looked at one by one: `set -e` does not go with traps and `wait`.
@@ -104,19 +104,22 @@ check_nodes() {
 }
 
 run_ranks() {
-    local tasks=(--nodes=1 --ntasks=1) srun
+    local tasks=(--nodes=1 --ntasks=1) part=() srun
     MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
     export MASTER_ADDR MASTER_PORT
-    [[ ${ARGV[0]} == rl ]] && make_ray_token
-    if [[ ${ARGV[0]} == train ]]; then
+    if [[ ${ARGV[0]} == rl ]] && ((${#HOSTS[@]} > 1)); then # one Ray of all nodes
+        tasks=(--ntasks="${#HOSTS[@]}" --ntasks-per-node=1)
+        part=(slurm node --gpus "$GPUS" --token "$LOGS/ray_token" --)
+        trap 'rm -f "$LOGS/ray_token"' EXIT
+    elif [[ ${ARGV[0]} == train ]]; then
         PASSED_ON=USR1 # of TERM srun would make an end in 30 s
         tasks=(--ntasks=$((${#HOSTS[@]} * GPUS)) --ntasks-per-node="$GPUS")
         tasks+=(--cpus-per-task=$((SLURM_CPUS_ON_NODE / GPUS)))
     fi
     give_way
     say "octo ${ARGV[*]} on ${#HOSTS[@]} nodes, from ${HOSTS[0]} on; output in $LOGS/ranks.txt"
-    "${SRUN[@]}" "${tasks[@]}" --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" "${OCTO[@]}" "${ARGV[@]}" \
-        2>"$LOGS/srun.txt" &
+    "${SRUN[@]}" "${tasks[@]}" --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" \
+        "${OCTO[@]}" "${part[@]}" "${ARGV[@]}" 2>"$LOGS/srun.txt" &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done # a trap ends `wait` early
     wait "$srun"
@@ -124,13 +127,6 @@ run_ranks() {
     cat "$LOGS/srun.txt" >&2
     # srun's own code is the highest: that of ranks that were ended because of the first
     ((CODE == 0)) || CODE=$(grep -m1 -oP 'Exited with exit code \K\d+' "$LOGS/srun.txt" || echo "$CODE")
-}
-
-make_ray_token() { # whoever lacks it is no client of this job's Ray
-    RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOGS/ray_token
-    export RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH
-    (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
-    trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 }
 
 end_job() {

@@ -64,6 +64,11 @@ def model_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, model_folder: Path) -> RLConfig:
     """Two steps of four prompts; the prompt file holds twenty."""
+    return two_steps(tmp_path, model_folder)
+
+
+def two_steps(tmp_path: Path, model_folder: Path) -> RLConfig:
+    """Settings of such a run, and its prompts."""
     rows = [{"input": f"Question:\nFind {i}+1.\nAnswer:\n", "label": str(i + 1)} for i in range(20)]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

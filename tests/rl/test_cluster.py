@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import selectors
 import subprocess
@@ -14,7 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from megatron_octo.rl.cluster import MARKER, Cluster, RunFailed, _clean, _remove_stale_folders, _sweep, members
+from megatron_octo.errors import OctoError
+from megatron_octo.rl.cluster import (
+    MARKER,
+    Cluster,
+    NotStarted,
+    RunFailed,
+    _clean,
+    _remove_stale_folders,
+    _sweep,
+    members,
+    started,
+    write_token,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +88,71 @@ def test_an_engine_that_is_dead_already_is_a_failed_run() -> None:
         cluster.process.wait(10)
         with pytest.raises(RunFailed, match="ended with code 4"):
             cluster.run(["x"], lambda line: None)
+
+
+def test_an_engine_is_ready_once_it_says_so() -> None:
+    with engine("status('ready')\nsys.stdin.readline()") as cluster:
+        cluster.wait_ready()
+
+
+@pytest.mark.parametrize("end", ["os._exit(5)", "status('RuntimeError: no raylet')\nsys.stdin.readline()"])
+def test_an_engine_whose_ray_fails_is_not_started_and_says_why(end: str) -> None:
+    said = "ended with code 5" if "exit" in end else "RuntimeError: no raylet"
+    with (
+        engine(f"print('INFO all is well')\nprint('GcsError: out of memory')\n{end}") as cluster,
+        pytest.raises(NotStarted, match=rf"(?s){said}\n    GcsError: out of memory"),
+    ):
+        cluster.wait_ready()
+
+
+@contextlib.contextmanager
+def failing(starts: list[str], times: int) -> Iterator[int]:
+    """A Ray that does not start so many times; `starts` tells what happens."""
+    starts.append("start")
+    try:
+        if len(starts) <= 2 * times:
+            raise NotStarted("the raylet died")
+        yield len(starts)
+    finally:
+        starts.append("end")
+
+
+def test_ray_that_does_not_start_is_tried_again_and_what_it_left_is_ended_first(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_octo"), "propagate", True)
+    starts: list[str] = []
+    with started(lambda: failing(starts, 2), tries=3, fix="x") as entered:
+        assert entered == len(starts) == 5
+    assert starts == ["start", "end"] * 3
+    assert [each.getMessage() for each in caplog.records] == [
+        f"Ray did not start, and is tried again ({left} left): the raylet died" for left in (2, 1)
+    ]
+
+
+def test_ray_that_never_starts_is_an_error_with_a_fix() -> None:
+    starts: list[str] = []
+    with pytest.raises(OctoError, match=r"the raylet died\n  fix: make room"):
+        started(lambda: failing(starts, 9), tries=3, fix="make room").__enter__()
+    assert starts == ["start", "end"] * 3
+
+
+def test_what_fails_on_a_ray_that_runs_is_not_tried_again() -> None:
+    starts: list[str] = []
+    with (
+        pytest.raises(RunFailed, match="a run's own"),
+        started(lambda: failing(starts, 0), tries=3, fix="x"),
+    ):
+        raise RunFailed("a run's own")
+    assert starts == ["start", "end"]
+
+
+def test_a_token_is_new_and_its_owner_s_alone(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_token(tmp_path / name)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert len(one.read_text()) == 64 and one.read_text() != two.read_text()
+    assert one.stat().st_mode & 0o777 == 0o600
 
 
 def test_of_a_progress_bar_the_last_redraw_stays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import resource
@@ -17,6 +18,7 @@ from megatron_octo.errors import BadInput
 from megatron_octo.rl import preflight
 from megatron_octo.rl.preflight import (
     VERSIONS,
+    check_cluster,
     check_devices,
     check_disk,
     check_machine,
@@ -68,6 +70,23 @@ def test_fewer_gpus_than_asked_for_are_refused(config: RLConfig, monkeypatch: py
     check_devices(replace(config, num_gpus=8), cuda=False)  # logical ones
     with pytest.raises(BadInput, match="num_gpus 8, and 4 are visible"):
         check_devices(replace(config, num_gpus=8), cuda=True)
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "address", "said"),
+    [
+        (2, "", r"num_nodes 2, and RAY_ADDRESS names no cluster"),
+        (1, "ray://head:10001", "leads to Ray Client"),
+        (1, "", None),
+        (2, "head:6379", None),
+    ],
+)
+def test_several_nodes_are_a_cluster_that_is_there(
+    num_nodes: int, address: str, said: str | None, config: RLConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(BadInput, match=said) if said else contextlib.nullcontext():
+        check_cluster(replace(config, num_nodes=num_nodes))
 
 
 def test_fp16_wants_a_gpu(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:

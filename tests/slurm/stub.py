@@ -18,11 +18,6 @@ if argv[0] == "slurm":
     slurm._check_inputs = lambda *_: time.sleep(float(os.environ.get("STUB_PLAN_S", "0")))
     sys.exit(app.main(argv))
 
-if argv[0] == "rl" and "STUB_RAY" in os.environ:
-    from tests.slurm.ray_cluster import say_who_may_enter
-
-    say_who_may_enter()
-
 names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURMD_NODENAME", "MASTER_ADDR", "MASTER_PORT")
 print(json.dumps([argv, *(os.environ.get(name) for name in (*names, "CUDA_VISIBLE_DEVICES"))]), flush=True)
 if (code := int(os.environ.get("STUB_EXIT", "0"))) == 0 and os.environ["SLURM_PROCID"] == "0":

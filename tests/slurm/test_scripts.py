@@ -97,25 +97,6 @@ def test_other_stages_start_unchanged_with_one_task(slurm, stubbed, script, args
     assert (argv, rank, size) == (command, "0", "1")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_rays_of_rl_jobs_take_no_client_without_the_jobs_own_token(slurm, stubbed):
-    pytest.importorskip("ray", reason="ray is not installed")
-    said = []
-    for _ in range(2):
-        job = submit(slurm, stubbed, "slurm/rl.sh", "long", "--name", "x", "--output", stubbed / "rl", STUB_RAY="1")
-        assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
-        records = stubbed / "runs" / "slurm" / f"{job}.0"
-        lines = (records / "ranks.txt").read_text().splitlines()
-        said.append(json.loads(next(line for line in lines if '"token"' in line).partition(": ")[2]))
-        assert not (records / "ray_token").exists(), "the token outlives the job"
-        (stubbed / "rl" / "DONE").unlink()
-    for each in said:
-        assert (each["with"], each["wrong"], each["without"]) == (True, False, False)
-        assert (len(each["token"]), each["mode"]) == (64, "0o600")
-    assert said[0]["token"] != said[1]["token"]
-
-
 def test_model_branch_nodes_and_overrides_come_from_the_command_line(slurm, stubbed):
     words = ["slurm/decay_20b.sh", "long", "--model", "llama31_8b@h200", "--save.every-steps", "7"]
     job = submit(slurm, stubbed, "--nodes=2", *words)

@@ -132,6 +132,17 @@ def test_a_kl_penalty_brings_a_reference_model() -> None:
     assert got["ref"]["num_gpus_per_node"] == 4
 
 
+def test_nodes_multiply_engines_and_share_the_reference_model() -> None:
+    got = parsed(replace(CONFIG, num_nodes=2, kl_coefficient=0.01), cuda=True)
+    assert (got["actor"]["num_nodes"], got["actor"]["num_gpus_per_node"], got["vllm"]["num_engines"]) == (2, 4, 8)
+    assert (got["ref"]["num_nodes"], got["ref"]["num_gpus_per_node"]) == (2, 4)
+
+
+def test_samples_that_do_not_divide_by_the_devices_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"the 64 samples of an update .* num_nodes 3 x num_gpus 4 = 12 devices"):
+        replace(CONFIG, num_nodes=3)
+
+
 def test_a_flag_that_openrlhf_does_not_know_is_refused() -> None:
     pytest.importorskip("openrlhf", reason="openrlhf is not installed")
     with pytest.raises(BadInput, match=r"OpenRLHF refuses .*--train\.steps"):

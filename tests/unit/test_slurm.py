@@ -64,8 +64,17 @@ def test_an_allocation_that_does_not_fit_is_refused_with_numbers_of_nodes_that_d
 
 
 def test_rl_needs_its_gpus():
-    with pytest.raises(BadInput, match=r"asks for num_gpus 8, and the job has 1 nodes x 4 GPUs"):
+    with pytest.raises(BadInput, match=r"asks for num_nodes 1 x num_gpus 8, and the job has 1 nodes x 4 GPUs"):
         check_shape(job("rl", ["long"]).config, Shape(nodes=1, gpus_per_node=4))
+
+
+def test_rl_has_as_many_nodes_as_it_asks_for():
+    two = job("rl", ["long", "--num-nodes", "2"]).config
+    assert "2 x 8 GPUs = 16" in check_shape(two, Shape(nodes=2, gpus_per_node=8))
+    for nodes in (1, 3):
+        with pytest.raises(BadInput, match=rf"num_nodes 2 x num_gpus 8, and the job has {nodes} nodes") as caught:
+            check_shape(two, Shape(nodes=nodes, gpus_per_node=8))
+        assert caught.value.fix.startswith("sbatch --nodes=2 --gpus-per-node=8, or --num-nodes ")
 
 
 def test_options_go_before_directives():
@@ -97,7 +106,7 @@ def test_a_pipeline_is_a_tree_of_jobs():
     for branch, rl in zip(branches, config.rl, strict=True):
         assert jobs[f"train {branch}"].after == ("train llama32-3b-stable-200b",)
         assert jobs[f"export {branch}"].after == (f"train {branch}",)
-        assert jobs[rl.name].after == (f"export {branch}",)
+        assert (jobs[rl.name].after, jobs[rl.name].nodes) == ((f"export {branch}",), rl.num_nodes)
     assert jobs["evaluate before RL"].after == tuple(f"export {name}" for name in ("llama32-3b-stable-200b", *branches))
     assert jobs["evaluate after RL"].after == tuple(rl.name for rl in config.rl)
     assert jobs["report"].after == ("evaluate before RL", "evaluate after RL")

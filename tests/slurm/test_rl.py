@@ -1,0 +1,78 @@
+"""Real RL on two nodes of a Slurm job, killed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_octo import rundir
+from megatron_octo.config.base import to_dict
+from megatron_octo.rl import saves
+from megatron_octo.rl.cluster import token_environment
+from megatron_octo.rl.collect import read_metrics
+from megatron_octo.rl.run import has_gpu
+from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
+from tests.rl.conftest import two_steps
+from tests.rl.test_nodes import enters, on_two_nodes
+from tests.slurm.cluster import Cluster
+
+for package in ("openrlhf", "ray", "vllm", "deepspeed"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(has_gpu(), reason="the tiny model is for machines without a GPU"),
+]
+JOB_TIMEOUT_S = 1200
+NUM_STEPS = 10  # two passes; seconds each, so that the kill comes before the end
+
+
+def node_tasks(slurm: Cluster, job: str) -> dict[str, int]:
+    """{node: process id} of the tasks that a job's nodes run."""
+    found = {}
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            env = each.environ()
+            ours = (env.get("SLURM_JOB_ID"), env.get("SLURM_CONF")) == (job, slurm.environment["SLURM_CONF"])
+            if ours and each.cmdline()[1:5] == ["-m", "megatron_octo", "slurm", "node"]:
+                found[env["SLURMD_NODENAME"]] = each.pid
+    return found
+
+
+def test_rl_on_two_nodes_goes_on_after_one_is_killed(slurm: Cluster, checkout: Path) -> None:
+    config = on_two_nodes(two_steps(checkout, checkout / "model"), num_steps=NUM_STEPS)
+    rundir.write_json(checkout / "rl.json", to_dict(config))
+    shape = ["--nodes=2", "--gpus-per-node=1"]
+    job = slurm("sbatch", "--parsable", *shape, "slurm/rl.sh", "--recipe", checkout / "rl.json", cwd=checkout)
+
+    def said() -> str:
+        return next((checkout / "slurm" / "logs").glob(f"rl-{job}.out")).read_text()
+
+    token = checkout / "runs" / "slurm" / f"{job}.0" / "ray_token"
+    slurm.wait(job, lambda: token.with_name("ray_has_begun").exists() or slurm.state(job) == "FAILED", JOB_TIMEOUT_S)
+    assert slurm.state(job) == "RUNNING", said()
+    assert token.stat().st_mode & 0o777 == 0o600
+    address = f"127.0.0.1:{20_000 + int(job) % 20_000}"
+    assert enters(address, token_environment(token))
+    assert not enters(address, {})
+
+    slurm.wait(job, lambda: saves.last(config.output) >= 1 or slurm.state(job) == "FAILED", JOB_TIMEOUT_S)
+    tasks = node_tasks(slurm, job)
+    assert set(tasks) == {"node1", "node2"}
+    os.kill(tasks["node2"], signal.SIGKILL)
+    slurm.wait(job, lambda: slurm.field(job, "Restarts") == "1")
+    assert not token.exists(), "the token outlives the start"
+    assert slurm.wait_end(job, JOB_TIMEOUT_S) == "COMPLETED", said()
+
+    rows = read_metrics(config.output / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
+    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU and row["optim/grad_norm"] > 0 for row in rows)
+    assert rundir.is_done(config.output)
+    ranks = (checkout / "runs" / "slurm" / f"{job}.1" / "ranks.txt").read_text()
+    assert "goes on after step" in ranks
+    assert not node_tasks(slurm, job)
