@@ -106,6 +106,7 @@ def _slurm(job: Job, target: Target) -> Any:
         mem="0",
         signal=SIGNAL,
         additional_parameters={"requeue": True},
+        comment=None if target.host or not job.run else str(job.run.absolute()),  # for `octo runs list` here
         setup_lines=_payload(job, target),
         tunnel=tunnel,
         packager=nemo_run.Packager(),

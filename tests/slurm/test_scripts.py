@@ -211,6 +211,7 @@ def test_a_pipeline_is_jobs_that_wait_for_what_they_read(slurm, stubbed):
     jobs = {name: job for job, name, *_ in (line.removeprefix("job ").split("  ") for line in lines)}
     assert len(jobs) == 19
     assert slurm.wait_end(jobs["report"], 600) == "COMPLETED"
+    assert slurm.field(jobs["train miniature-stable"], "Comment") == str(stubbed / "runs" / "miniature-stable")
     begun = {name: slurm.field(job, "StartTime") for name, job in jobs.items()}
     ended = {name: slurm.field(job, "EndTime") for name, job in jobs.items()}
     assert {slurm.state(job) for job in jobs.values()} == {"COMPLETED"}
@@ -256,6 +257,7 @@ def test_submit_checks_and_submits(slurm, stubbed):
     assert done.returncode == 0, done.stderr
     assert "nodes   1 x 8 GPUs = 8 ranks" in done.stderr
     (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    assert slurm.field(job, "Comment") == str(stubbed / "runs" / "llama32-3b-stable-200b")
     assert slurm.wait_end(job) == "COMPLETED"
 
 
