@@ -133,7 +133,10 @@ def _name(job: Job) -> str:
 
 
 def _follow(job: str) -> None:
-    """Wait for the end that the job itself writes down: requeued and started again it is the same job."""
+    """Wait for the end that the job itself writes down: requeued and started again it is the same job.
+
+    Where it may not be requeued it names the one that goes on.
+    """
     last = ""
     while True:
         starts = sorted(_starts(job))
@@ -146,6 +149,8 @@ def _follow(job: str) -> None:
             raise OctoError(f"job {job} failed: {reason}", fix=f"{starts[-1][1].parent} has its records")
         if state in OVER:
             return
+        if state == "resubmitted":
+            job = reason.removeprefix("as job ").partition(":")[0]
         time.sleep(POLL_S)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_octo import rundir
 
-OVER = ("done", "stopped", "failed")
+OVER = ("done", "stopped", "failed", "resubmitted")
 SQUEUE_FORMAT = "%A|%T|%r|%k"  # job, state, why it waits, comment
 SQUEUE_TIMEOUT_S = 10
 
@@ -26,7 +26,8 @@ class JobStatus:
     restart: int
     """How often it had been started before."""
     state: str
-    """pending, running, requeued, done, stopped or failed; lost: Slurm has no such job, and it did not say its end."""
+    """pending, running, requeued, resubmitted (it goes on as another job), done, stopped or failed; lost: Slurm has no
+    such job, and it did not say its end."""
     reason: str
 
     def describe(self) -> str:

@@ -14,3 +14,5 @@ export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 # the fabric; `ibstat` and `ip li
 export NCCL_DEBUG=WARN TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
+
+# OCTO_REQUEUE=resubmit                      # where a job may not requeue itself, a new one goes on

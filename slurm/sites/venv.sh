@@ -15,3 +15,4 @@ export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
 
 # OCTO_PREFLIGHT='dcgmi diag -r 1'           # a check of your own on each node: it must exit with 0
+# OCTO_REQUEUE=resubmit                      # where a job may not requeue itself, a new one goes on
