@@ -5,9 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source slurm/lib/site.sh
 need_slurm
+run=''
 if command -v "${OCTO[0]}" >/dev/null; then
-    "${OCTO[@]}" slurm check -- "$@" >&2
+    run=$("${OCTO[@]}" slurm check -- "$@")
 else
     echo "${OCTO[0]} is not on this machine: the recipe is checked when the job starts" >&2
 fi
-exec sbatch "$@"
+exec sbatch ${run:+--comment="$run"} "$@" # `octo runs list` reads it while the job waits

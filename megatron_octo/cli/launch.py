@@ -1,9 +1,11 @@
-"""`octo launch RECIPE --on slurm|local`: one stage through NeMo-Run."""
+"""`octo launch RECIPE --on slurm|local|kubernetes`: one stage through NeMo-Run."""
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_octo import console
@@ -20,40 +22,64 @@ SITE = Path("slurm/site.sh")
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    options = recipe_parser("launch", "Launch a training or RL run through NeMo-Run (an extra), here or on Slurm.")
-    options.add_argument("--on", choices=("slurm", "local"), required=True, help="where")
-    options.add_argument(
-        "--nodes", type=at_least_one, help="on Slurm: nodes (default: 8; for RL as many as it asks for)"
+    options = recipe_parser(
+        "launch", "Launch a training or RL run through NeMo-Run (an extra): here, on Slurm or Kubernetes."
     )
-    options.add_argument("--gpus-per-node", type=at_least_one, help="ranks of a node (on Slurm 8, here 1)")
+    options.add_argument("--on", choices=("slurm", "local", "kubernetes"), required=True, help="where")
+    options.add_argument("--nodes", type=at_least_one, help="nodes (default: 8, for RL as many as it asks for; here 1)")
+    options.add_argument("--gpus-per-node", type=at_least_one, help="ranks of a node (default: 8; here 1)")
     options.add_argument("--time", default="24:00:00", help="on Slurm: the time limit of each start (24:00:00)")
     options.add_argument("--account", default="", help="on Slurm")
     options.add_argument("--partition", help="on Slurm")
     options.add_argument("--host", default="", help="on Slurm: a login node to submit from, by ssh")
     options.add_argument("--user", default="", help="whose account that is")
     options.add_argument("--checkout", type=Path, default=Path.cwd(), help="the repository's folder there (this one)")
+    options.add_argument("--image", default="", help="on Kubernetes: container image, run in the repository's folder")
+    options.add_argument("--namespace", default="default", help="on Kubernetes")
+    options.add_argument(
+        "--volume", default="", metavar="CLAIM:PATH", help="on Kubernetes: claim for runs, and its path"
+    )
     options.add_argument("--wait", action="store_true", help="on Slurm: follow the job; exit as it does")
     options.add_argument("--dry-run", action="store_true", help="print what would be submitted; touch nothing")
     own, overrides = parse_recipe(options, argv, KINDS)
     config = load_recipe(own.recipe, KINDS, overrides, command="octo launch")
     command = "rl" if isinstance(config, RLConfig) else "train"
     job = Job(argv=(command, own.recipe, *overrides), config=config)
-    default = Shape(nodes=8, gpus_per_node=8) if own.on == "slurm" else Shape(nodes=1, gpus_per_node=1)
+    default = Shape(nodes=8, gpus_per_node=8) if own.on != "local" else Shape(nodes=1, gpus_per_node=1)
     nodes = own.nodes or (config.num_nodes if isinstance(config, RLConfig) else default.nodes)
     shape = Shape(nodes=nodes, gpus_per_node=own.gpus_per_node or default.gpus_per_node)
+    if own.on == "kubernetes":
+        _check_kubernetes(own, command)
     arithmetic = check_shape(config, shape)
     console.logger(__name__).info("%s", arithmetic)
     from megatron_octo.launch import nemo
 
     nemo.require_nemo_run()
-    settings = {name: getattr(own, name) for name in ("on", "time", "account", "partition", "host", "user", "checkout")}
+    settings = {each.name: getattr(own, each.name) for each in fields(nemo.Target) if each.name != "shape"}
     target = nemo.Target(shape=shape, **settings)
     if own.dry_run:
-        console.emit(nemo.sbatch_text(job, target) if own.on == "slurm" else f"octo {' '.join(job.argv)}")
+        shown = {"slurm": nemo.sbatch_text, "kubernetes": nemo.manifest}.get(own.on)
+        console.emit(shown(job, target) if shown else f"octo {' '.join(job.argv)}")
         return
     if own.on == "slurm" and not own.host:
         _check_here()
     console.emit(nemo.launch(job, target, wait=own.wait))
+
+
+def _check_kubernetes(own: argparse.Namespace, command: str) -> None:
+    """Refuse what a TrainJob cannot run.
+
+    Raises:
+        BadInput: it is RL, or there is no image or no volume.
+    """
+    if command != "train":
+        raise BadInput("--on kubernetes runs training only", fix="launch RL with --on slurm")
+    claim, _, path = own.volume.partition(":")
+    if not own.image or not claim or not path.startswith("/"):
+        raise BadInput(
+            f"--on kubernetes with --image {own.image!r} --volume {own.volume!r}",
+            fix="name an image that holds megatron_octo, and a claim for the runs: --image IMAGE --volume CLAIM:/PATH",
+        )
 
 
 def _check_here() -> None:

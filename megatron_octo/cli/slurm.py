@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = parser("slurm", "What slurm/*.sh ask. `sbatch slurm/NAME.sh` needs none of these by hand.")
     commands = options.add_subparsers(dest="command", required=True, metavar="check | plan | tree | preflight | node")
-    before = commands.add_parser("check", help="would `sbatch OPTIONS slurm/NAME.sh ARGUMENTS` fit? submits nothing")
+    before = commands.add_parser(
+        "check", help="would `sbatch OPTIONS slurm/NAME.sh ARGUMENTS` fit? prints its run's folder"
+    )
     before.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] slurm/NAME.sh [ARGUMENTS]")
     before.set_defaults(run=_check)
     plan = commands.add_parser("plan", help="what a job runs; refuses settings and inputs that are wrong")
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     plan.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME [ARGUMENTS]")
     plan.set_defaults(run=_plan)
     pipeline = commands.add_parser(
-        "tree", help="the jobs of a pipeline, a line each: name, after, nodes, script, arguments"
+        "tree", help="the jobs of a pipeline, a line each: name, after, nodes, run, script, arguments"
     )
     pipeline.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] RECIPE")
     pipeline.set_defaults(run=_tree)
@@ -68,6 +70,8 @@ def _check(own: argparse.Namespace) -> None:
     found = job(script.stem, args)
     console.logger(__name__).info("%s\n%s", script, check_shape(found.config, shape))
     check_logs()
+    if found.run:
+        console.emit(str(found.run.absolute()))
 
 
 def _tree(own: argparse.Namespace) -> None:
@@ -79,20 +83,24 @@ def _tree(own: argparse.Namespace) -> None:
     check(config)
     write_settings(config)
     for each in tree(config):
-        console.emit("\t".join((each.name, ",".join(each.after) or "-", str(each.nodes), each.script, *each.args)))
+        run = job(each.script, each.args).run
+        comment = str(run.absolute()) if run else "-"
+        after, nodes = ",".join(each.after) or "-", str(each.nodes)
+        console.emit("\t".join((each.name, after, nodes, comment, each.script, *each.args)))
 
 
 def _plan(own: argparse.Namespace) -> None:
     script, *args = own.words
     shape = Shape(nodes=own.nodes, gpus_per_node=own.gpus_per_node)
     found = job(script, args)
+    # before what may be refused: that is told of the run
+    rundir.write_atomic(own.records / "run", f"{found.run.absolute()}\n" if found.run else "")
     arithmetic = check_shape(found.config, shape)
     console.logger(__name__).info("octo %s\n%s", " ".join(found.argv), arithmetic)
     _check_inputs(found, shape)
     rundir.write_atomic(own.records / "plan.txt", arithmetic + "\n")
     if found.config:
         rundir.write_json(own.records / "config.json", to_dict(found.config))
-    rundir.write_atomic(own.records / "run", f"{found.run.absolute()}\n" if found.run else "")
     rundir.write_atomic(own.records / "argv", "".join(f"{arg}\n" for arg in found.argv))
 
 

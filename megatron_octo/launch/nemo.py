@@ -1,12 +1,14 @@
-"""A stage through NeMo-Run: as processes here, or as the Slurm job that slurm/lib/job.sh makes of it.
+"""A stage through NeMo-Run: as processes here, as the Slurm job that slurm/lib/job.sh makes of it, or on Kubernetes.
 
 The only importer of nemo_run, which is an extra. What NeMo-Run writes around the job (its own srun, its retries) is
-never reached: `run_job` ends the script itself, so that saving, requeueing and preflights exist once.
+never reached: `run_job` ends the script itself, so that saving, requeueing and preflights exist once. On Kubernetes
+there is no such script: a TrainJob of Kubeflow's trainer starts torchrun on each node.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import sys
 import tempfile
@@ -31,7 +33,7 @@ OVER = ("done", "stopped", "failed")
 class Target:
     """Where to launch."""
 
-    on: Literal["slurm", "local"]
+    on: Literal["slurm", "local", "kubernetes"]
     shape: Shape
     time: str = "24:00:00"
     account: str = ""
@@ -42,6 +44,11 @@ class Target:
     """Whose account that is there."""
     checkout: Path
     """The repository's folder, on that side."""
+    image: str = ""
+    """On Kubernetes: the container image; its working directory is the repository's folder."""
+    namespace: str = "default"
+    volume: str = ""
+    """On Kubernetes: CLAIM:PATH, the persistent volume claim that runs are written to, and where ranks see it."""
 
 
 def sbatch_text(job: Job, target: Target) -> str:
@@ -53,15 +60,23 @@ def sbatch_text(job: Job, target: Target) -> str:
         return script.read_text().replace(home, real)
 
 
+def manifest(job: Job, target: Target) -> str:
+    """The TrainJob that would be created, as JSON. Nothing is left on disk."""
+    with tempfile.TemporaryDirectory() as home, _home(home), _experiment(job, target) as experiment:
+        experiment.dryrun(log=False)
+        request = experiment.jobs[0]._dryrun_info.request
+        return json.dumps(request.executor.get_job_body(_name(job), request.cmd), indent=2)
+
+
 def launch(job: Job, target: Target, *, wait: bool) -> str:
-    """Start the job; returns what to call it. With `wait`, or locally, follow it to its end.
+    """Start the job; returns what to call it. With `wait`, and always but on Slurm, follow it to its end.
 
     Raises:
         OctoError: it failed. NeMo-Run itself would exit with 0.
     """
     with _experiment(job, target) as experiment:
-        experiment.run(detach=target.on == "slurm", tail_logs=target.on == "local")
-    if target.on == "local":
+        experiment.run(detach=target.on == "slurm", tail_logs=target.on != "slurm")
+    if target.on != "slurm":
         states = {name: str(each["status"]) for name, each in experiment.status(return_dict=True).items()}
         if failed := {name: state for name, state in states.items() if "SUCCEEDED" not in state}:
             raise OctoError(f"not all jobs succeeded: {failed}", fix="the output above says why")
@@ -79,6 +94,10 @@ def _experiment(job: Job, target: Target) -> Iterator[Any]:
 
     if target.on == "slurm":
         task, executor = nemo_run.Script(inline=":"), _slurm(job, target)  # the script is never reached
+    elif target.on == "kubernetes":
+        argv = ["-m", "megatron_octo", *job.argv]
+        task = nemo_run.Script(path="megatron_octo.launch.ranks", m=True, entrypoint="python", args=argv)
+        executor = _kubernetes(target)
     else:
         ranks = ["--ranks", str(target.shape.ranks)] if job.argv[0] == "train" else []
         command = shlex.join([sys.executable, "-m", "megatron_octo", *job.argv, *ranks])
@@ -106,10 +125,44 @@ def _slurm(job: Job, target: Target) -> Any:
         mem="0",
         signal=SIGNAL,
         additional_parameters={"requeue": True},
+        comment=None if target.host or not job.run else str(job.run.absolute()),  # for `octo runs list` here
         setup_lines=_payload(job, target),
         tunnel=tunnel,
         packager=nemo_run.Packager(),
     )
+
+
+def _kubernetes(target: Target) -> Any:
+    """A TrainJob; the trainer tells torchrun nodes, ranks and where they meet by PET_*, its own variables.
+
+    Raises:
+        OctoError: the Kubernetes client is missing, or knows no cluster.
+    """
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+
+    try:
+        from kubernetes.config import ConfigException
+    except ImportError as error:
+        raise OctoError(
+            f"the Kubernetes client cannot be imported: {error}", fix="pip install 'nemo-run[kubeflow]==0.11.1'"
+        ) from error
+    claim, _, path = target.volume.partition(":")
+    volumes = {
+        "runs": (path, {"persistentVolumeClaim": {"claimName": claim}}),
+        "shm": ("/dev/shm", {"emptyDir": {"medium": "Memory"}}),  # NCCL's and the data loader's; 64 MiB by default
+    }
+    try:
+        return KubeflowExecutor(
+            image=target.image,
+            namespace=target.namespace,
+            num_nodes=target.shape.nodes,
+            gpus_per_node=target.shape.gpus_per_node,
+            volumes=[{"name": name, **volume} for name, (_, volume) in volumes.items()],
+            volume_mounts=[{"name": name, "mountPath": mount} for name, (mount, _) in volumes.items()],
+            env_vars={"OCTO_RUNS": f"{path}/runs"},
+        )
+    except ConfigException as error:
+        raise OctoError(f"no Kubernetes to submit to: {error}", fix="let KUBECONFIG name the cluster's file") from error
 
 
 def _payload(job: Job, target: Target) -> str:
@@ -132,7 +185,10 @@ def _name(job: Job) -> str:
 
 
 def _follow(job: str) -> None:
-    """Wait for the end that the job itself writes down: requeued and started again it is the same job."""
+    """Wait for the end that the job itself writes down: requeued and started again it is the same job.
+
+    Where it may not be requeued it names the one that goes on.
+    """
     last = ""
     while True:
         starts = sorted(_starts(job))
@@ -145,6 +201,8 @@ def _follow(job: str) -> None:
             raise OctoError(f"job {job} failed: {reason}", fix=f"{starts[-1][1].parent} has its records")
         if state in OVER:
             return
+        if state == "resubmitted":
+            job = reason.removeprefix("as job ").partition(":")[0]
         time.sleep(POLL_S)
 
 

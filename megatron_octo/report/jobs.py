@@ -1,15 +1,20 @@
-"""The Slurm job of a run: what `slurm/lib/job.sh` wrote of its last start, and what Slurm says of it now."""
+"""The Slurm jobs of runs: what `slurm/lib/job.sh` wrote of their starts, and what Slurm says of them now.
+
+Of a job that has not started yet Slurm alone knows, and of its run by the comment that submitters give it: the folder.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_octo import rundir
 
-OVER = ("done", "stopped", "failed")
+OVER = ("done", "stopped", "failed", "resubmitted")
+SQUEUE_FORMAT = "%A|%T|%r|%k"  # job, state, why it waits, comment
 SQUEUE_TIMEOUT_S = 10
 
 
@@ -21,7 +26,8 @@ class JobStatus:
     restart: int
     """How often it had been started before."""
     state: str
-    """pending, running, requeued, done, stopped or failed; lost: Slurm has no such job, and it did not say its end."""
+    """pending, running, requeued, resubmitted (it goes on as another job), done, stopped or failed; lost: Slurm has no
+    such job, and it did not say its end."""
     reason: str
 
     def describe(self) -> str:
@@ -30,28 +36,38 @@ class JobStatus:
         return f"job {self.job}{again} {self.state}{f': {self.reason}' if self.reason else ''}"
 
 
-def last_job(run: Path) -> JobStatus | None:
-    """The last job that ran `run`, None if none did."""
-    starts = [
-        tuple(map(int, file.parent.name.split(".")))
-        for file in (rundir.runs_root() / "slurm").glob("*.*/run")
-        if file.read_text().strip() == str(run.absolute())
-    ]
-    if not starts:
-        return None
-    job, restart = max(starts)
+def last_jobs() -> dict[Path, JobStatus]:
+    """The last job of each run that has one, by the run's folder."""
+    starts: dict[Path, tuple[int, int]] = {}
+    for file in (rundir.runs_root() / "slurm").glob("*.*/run"):
+        job, restart = map(int, file.parent.name.split("."))
+        run = Path(file.read_text().strip())
+        starts[run] = max((job, restart), starts.get(run, (0, 0)))
+    queue = _queue()
+    jobs = {run: _started(job, restart, queue) for run, (job, restart) in starts.items()}
+    for job, (state, reason, comment) in (queue or {}).items():
+        run = Path(comment)
+        if run.is_absolute() and (run not in jobs or job > jobs[run].job):
+            jobs[run] = JobStatus(job=job, restart=0, state=state, reason=reason if state == "pending" else "")
+    return jobs
+
+
+def _started(job: int, restart: int, queue: Mapping[int, tuple[str, str, str]] | None) -> JobStatus:
     words = (rundir.runs_root() / "slurm" / f"{job}.{restart}" / "state").read_text()
     state, _, reason = words.strip().partition(" ")
-    if state not in OVER and shutil.which("squeue"):
-        state = _now(job) or ("lost" if state == "running" else state)
+    if state not in OVER and queue is not None:
+        state = queue[job][0] if job in queue else "lost" if state == "running" else state
     return JobStatus(job=job, restart=restart, state=state, reason=reason)
 
 
-def _now(job: int) -> str:
-    """What Slurm calls its state, empty if it knows no such job."""
-    asked = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+def _queue() -> dict[int, tuple[str, str, str]] | None:
+    """(state, why it waits, comment) of each job that Slurm has; None where it does not answer."""
+    if shutil.which("squeue") is None:
+        return None
+    asked = ["squeue", "--noheader", f"--format={SQUEUE_FORMAT}"]
     try:
-        run = subprocess.run(asked, capture_output=True, text=True, timeout=SQUEUE_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return ""
-    return run.stdout.strip().lower()
+        run = subprocess.run(asked, capture_output=True, text=True, timeout=SQUEUE_TIMEOUT_S, check=True)
+    except subprocess.SubprocessError:
+        return None
+    rows = (line.split("|", 3) for line in run.stdout.splitlines())
+    return {int(job): (state.lower(), reason, comment) for job, state, reason, comment in rows}

@@ -1,6 +1,6 @@
 """What the folders under OCTO_RUNS say of themselves: how far each run is, and who descends from whom.
 
-Reads files of run folders only, and few of them: a cluster's folder of hundreds of runs is listed in a moment.
+Reads few files, and asks Slurm once: a cluster's folder of hundreds of runs is listed in a moment.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from megatron_octo.budget.ledger import FILE as LEDGER
 from megatron_octo.console import duration
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.lineage import Lineage
-from megatron_octo.report.jobs import JobStatus, last_job
+from megatron_octo.report.jobs import JobStatus, last_jobs
 from megatron_octo.report.load import METRICS
 from megatron_octo.train.state import FILE as STATE
 from megatron_octo.train.state import latest_save, saved_steps
@@ -34,7 +34,8 @@ class RunStatus:
     folder: Path
     kind: Literal["train", "rl", ""]
     state: Literal["new", "running", "stopped", "done", "broken"]
-    """stopped: by its end or by a kill; it would go on after `step`. new: it never saved. broken: see `fault`."""
+    """stopped: by its end or by a kill; it would go on after `step`. new: it never saved, or has but a job yet.
+    broken: see `fault`."""
     step: int
     """Of a running one the last that it logged, else that of its last save."""
     num_steps: int
@@ -73,46 +74,54 @@ class RunStatus:
 
 
 def read_runs(root: Path) -> list[RunStatus]:
-    """The training and RL runs in `root`, by name; a broken one hides no other."""
-    found = (_read_or_broken(folder) for folder in sorted(root.iterdir()) if folder.is_dir()) if root.is_dir() else ()
+    """The training and RL runs in `root`, by name, with those that a job is to begin; a broken one hides no other."""
+    jobs = last_jobs()
+    names = {each.name for each in root.iterdir() if each.is_dir()} if root.is_dir() else set()
+    names |= {run.name for run in jobs if run.parent == root.absolute()}
+    found = (_read_or_broken(root / name, jobs) for name in sorted(names))
     return [run for run in found if run]
 
 
-def read_run(folder: Path) -> RunStatus | None:
-    """The run in a folder; None if there is none.
+def read_run(folder: Path, jobs: Mapping[Path, JobStatus]) -> RunStatus | None:
+    """The run in a folder, or the one that a job is to begin there; None if there is none.
 
     Raises:
         BadInput: a file is there but is not what its stage writes.
     """
+    job = jobs.get(folder.absolute())
     config = rundir.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if {"budget", "learning_rate"} <= config.keys():
-        return _training(folder, config)
+        return replace(_training(folder, config), job=job)
     if {"prompts", "output"} <= config.keys():
-        return _rl(folder, config)
-    return None
+        return replace(_rl(folder, config), job=job)
+    return replace(_unknown(folder, "new"), job=job) if job and not config else None
 
 
-def _read_or_broken(folder: Path) -> RunStatus | None:
+def _read_or_broken(folder: Path, jobs: Mapping[Path, JobStatus]) -> RunStatus | None:
     try:
-        return read_run(folder)
+        return read_run(folder, jobs)
     except (OctoError, OSError, TypeError, ValueError, LookupError, AttributeError) as error:  # whatever JSON may hold
         fault = (
             error.what if isinstance(error, OctoError) else f"a file in {folder} is not what a stage writes: {error!r}"
         )
-        return RunStatus(
-            name=folder.name,
-            folder=folder,
-            kind="",
-            state="broken",
-            step=0,
-            num_steps=0,
-            tokens=0,
-            train_tokens=0,
-            eta_s=None,
-            descent=None,
-            model=None,
-            fault=fault,
-        )
+        return replace(_unknown(folder, "broken"), fault=fault)
+
+
+def _unknown(folder: Path, state: Literal["new", "broken"]) -> RunStatus:
+    """A run that says nothing of itself."""
+    return RunStatus(
+        name=folder.name,
+        folder=folder,
+        kind="",
+        state=state,
+        step=0,
+        num_steps=0,
+        tokens=0,
+        train_tokens=0,
+        eta_s=None,
+        descent=None,
+        model=None,
+    )
 
 
 def find_run(name: str) -> RunStatus:
@@ -121,8 +130,9 @@ def find_run(name: str) -> RunStatus:
     Raises:
         BadInput: there is none.
     """
+    jobs = last_jobs()
     for folder in (rundir.run_folder(name), Path(name)):
-        if folder.is_dir() and (run := read_run(folder)):
+        if run := read_run(folder, jobs):
             return run
     known = ", ".join(run.name for run in read_runs(rundir.runs_root()))
     raise BadInput(f"no run {name!r} in {rundir.runs_root()}", fix=f"there are: {known or 'none'}")
@@ -179,7 +189,6 @@ def _training(folder: Path, config: Mapping[str, Any]) -> RunStatus:
         eta_s=_eta_s(rows, num_steps) if state == "running" else None,
         descent=lineage.read_if_present(folder),
         model=None,
-        job=last_job(folder),
     )
 
 
@@ -199,7 +208,6 @@ def _rl(folder: Path, config: Mapping[str, Any]) -> RunStatus:
         eta_s=_eta_s(rows, config["num_steps"]) if state == "running" else None,
         descent=lineage.read_if_present(folder / "hf"),
         model=Path(config["model"]),
-        job=last_job(folder),
     )
 
 

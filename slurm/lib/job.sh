@@ -5,7 +5,8 @@
 #   plan     the `octo` command, checked against the allocation before anything runs
 #   preflight  a check of each node; a bad one is left out and the job requeued
 #   ranks    one a GPU for training, one a node for RL on several, else one task; they meet at the first node
-#   end      done, stopped, failed, or requeued: never again for bad input, nor after OCTO_TRIES crashes without a save
+#   end      done, stopped, failed, or requeued: never again for bad input, nor after OCTO_TRIES crashes without a save;
+#            where Slurm may not requeue (OCTO_REQUEUE=resubmit), as a new job
 #
 # Exit codes are looked at one by one: `set -e` does not go with traps and `wait`.
 set -uo pipefail
@@ -13,6 +14,7 @@ set -uo pipefail
 RESTART=${SLURM_RESTART_COUNT:-0}
 GPUS=${SLURM_GPUS_PER_NODE-0} GPUS=${GPUS##*:} # `--exclusive` grants all that a node has, but this many were asked for
 RUN=''
+CHAIN="${OCTO_CHAIN-} $SLURM_JOB_ID" # this job, after those that it goes on from
 TOLD='told to end; if Slurm took the nodes away it queues the job again'
 SIGNAL=''      # the last one that asked this job to end
 PASSED_ON=TERM # what its tasks are told then
@@ -28,6 +30,7 @@ finish() { # STATE EXIT_CODE REASON...
 run_job() { # NAME [ARGUMENTS]
     cd "${OCTO_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
     source slurm/lib/site.sh
+    ARGUMENTS=("${@:2}")
     trap 'asked USR1' USR1
     trap 'asked TERM' TERM
     keep_records
@@ -47,7 +50,11 @@ asked() { # SIGNAL
 }
 
 is_current() { # false for a script that outlived its start, on a node that Slurm had lost, say: it must touch no other
-    [[ $(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') == "$RESTART" ]]
+    [[ $(field Restarts) == "$RESTART" ]]
+}
+
+field() { # NAME: of this job, as Slurm has it
+    scontrol show job "$SLURM_JOB_ID" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p"
 }
 
 give_way() { # to a signal that came before the ranks had started
@@ -100,7 +107,7 @@ check_nodes() {
         finish failed 1 "no node passed the preflight: $(grep -m1 ' bad: ' "$LOGS/preflight.txt")"
     fi
     say "$(grep ' bad: ' "$LOGS/preflight.txt")"
-    requeue_without "$bad"
+    requeue "without $bad, which failed the preflight" "$bad"
 }
 
 run_ranks() {
@@ -142,9 +149,11 @@ end_job() {
 }
 
 crashed() { # EXIT_CODE REASON
+    local job
     (($1 == 2)) && finish failed 2 "$2" # bad input
     last_save >"$LOGS/crashed_after"
-    if (($(cat "$OCTO_RUNS/slurm/$SLURM_JOB_ID".*/crashed_after | grep -cx "$(last_save)") >= ${OCTO_TRIES:-3})); then
+    if (($(for job in $CHAIN; do cat "$OCTO_RUNS/slurm/$job".*/crashed_after 2>/dev/null; done |
+        grep -cx "$(last_save)") >= ${OCTO_TRIES:-3})); then
         finish failed "$1" "${OCTO_TRIES:-3} crashes without a save in between; $2"
     fi
     requeue "$2"
@@ -161,23 +170,39 @@ reason() { # LOG: what failed, by the first line that says so
     grep -hm1 -oE 'octo [a-z]+: .*|[A-Za-z.]*Error: .*|srun: error: .*' "$1" || echo "see $1"
 }
 
-requeue() { # REASON...
+requeue() { # REASON [NODES]: start again, without these nodes
+    local left_out next
+    left_out=$(field ExcNodeList | grep -v '(null)')
+    left_out+=${2:+${left_out:+,}$2}
     trap '' TERM # Slurm's, for this very requeue
     is_current || finish stopped 0 "$TOLD"
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
-        finish failed 1 "cannot be requeued here ($*); the same command, submitted again, goes on from the last save"
+    if [[ $OCTO_REQUEUE == resubmit ]]; then
+        next=$(resubmit "$left_out") || finish failed 1 "no job could be submitted to go on ($1)
+  fix: submit the same command again${left_out:+, with sbatch --exclude=$left_out}; it goes on from the last save"
+        finish resubmitted 0 "as job $next: $1"
     fi
-    finish requeued 0 "$@"
+    scontrol requeue "$SLURM_JOB_ID" || finish failed 1 "cannot be requeued here ($1)
+  fix: set OCTO_REQUEUE=resubmit in the site file, and submit the same command again${2:+, with sbatch --exclude=$left_out};
+       it goes on from the last save"
+    # pending from now on, so its nodes can be changed
+    [[ ${2-} ]] && scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$left_out"
+    finish requeued 0 "$1"
 }
 
-requeue_without() { # NODES
-    local left_out
-    left_out=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=//p' | grep -v '(null)')
-    trap '' TERM
-    is_current || finish stopped 0 "$TOLD"
-    scontrol requeue "$SLURM_JOB_ID" || finish failed 1 "preflight failed on $1, and the job cannot be requeued here:
-  fix: submit the same command again with sbatch --exclude=$1"
-    # pending from now on, so its nodes can be changed
-    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${left_out:+$left_out,}$1"
-    finish requeued 0 "without $1, which failed the preflight"
+resubmit() { # NODES_LEFT_OUT: the same job once more, after this one; what waits for this one waits for it. Prints its id.
+    local next job after
+    next=$(
+        unset SLURM_RESTART_COUNT # this one's
+        OCTO_CHAIN=$CHAIN sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" \
+            --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" \
+            --time="$(field TimeLimit)" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
+            ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} \
+            ${1:+--exclude="$1"} ${RUN:+--comment="$RUN"} "$0" "${ARGUMENTS[@]}"
+    ) || return
+    squeue --noheader --me --states=PENDING --format='%A %E' | grep "afterok:$SLURM_JOB_ID\b" |
+        while read -r job after; do
+            after=$(sed -E "s/\([a-z]+\)//g; s/afterok:$SLURM_JOB_ID\b/afterok:${next%;*}/" <<<"$after")
+            scontrol update "JobId=$job" "Dependency=$after" >&2
+        done
+    echo "${next%;*}" # without the cluster's name
 }

@@ -10,7 +10,7 @@ if [[ ! -f $OCTO_SITE ]]; then
        OCTO_SITE names another file" >&2
     exit 2
 fi
-OCTO_PYTHON=python3 OCTO_EXEC=() OCTO_SRUN=() OCTO_PREFLIGHT=''
+OCTO_PYTHON=python3 OCTO_EXEC=() OCTO_SRUN=() OCTO_PREFLIGHT='' OCTO_REQUEUE=''
 # shellcheck source=slurm/sites/venv.sh
 source "$OCTO_SITE"
 export OCTO_RUNS=${OCTO_RUNS:-$PWD/runs}

@@ -19,3 +19,7 @@ export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 # the fabric; `ibstat` and `ip li
 export NCCL_DEBUG=WARN TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
+
+# A check of your own on each node: it must exit with 0. This one runs nccl-tests on a node's GPUs, at least 300 GB/s:
+# OCTO_PREFLIGHT='all_reduce_perf -b 4G -e 4G -g 8 | awk "/Avg bus bandwidth/ {b = \$NF} END {print b+0, \"GB/s\"; exit b < 300}"'
+# OCTO_REQUEUE=resubmit                      # where a job may not requeue itself, a new one goes on

@@ -14,4 +14,6 @@ export NCCL_DEBUG=WARN TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
 
-# OCTO_PREFLIGHT='dcgmi diag -r 1'           # a check of your own on each node: it must exit with 0
+# A check of your own on each node: it must exit with 0. This one runs nccl-tests on a node's GPUs, at least 300 GB/s:
+# OCTO_PREFLIGHT='all_reduce_perf -b 4G -e 4G -g 8 | awk "/Avg bus bandwidth/ {b = \$NF} END {print b+0, \"GB/s\"; exit b < 300}"'
+# OCTO_REQUEUE=resubmit                      # where a job may not requeue itself, a new one goes on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from megatron_octo import rundir
+from megatron_octo.cli.launch import main
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.train import MidTrainConfig
+from megatron_octo.errors import BadInput
 from tests.conftest import REPOSITORY, snapshot
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_scripts import stubbed
@@ -51,6 +54,58 @@ def test_a_dry_run_shows_the_sbatch_text_and_touches_nothing(checkout: Path):
     text = re.sub(r"_\d{16,}", "_ID", done.stdout.replace(str(checkout), "CHECKOUT"))
     assert text.splitlines() == rundir.read_json(GOLDEN)["lines"]
     assert (snapshot(checkout / "slurm"), sorted(checkout.iterdir())) == before
+
+
+KUBERNETES = (RECIPE, "--on", "kubernetes", "--image", "registry/octo:1", "--volume", "runs:/shared")
+
+
+def test_a_dry_run_shows_the_train_job_of_kubernetes_and_touches_nothing(checkout: Path):
+    pytest.importorskip("kubernetes", reason="the Kubernetes client is not installed")
+    config = checkout / "kubeconfig"
+    contexts = {"contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}], "current-context": "c"}
+    cluster = {
+        "clusters": [{"name": "c", "cluster": {"server": "https://localhost:1"}}],
+        "users": [{"name": "u", "user": {"token": "x"}}],
+    }
+    rundir.write_json(config, {"apiVersion": "v1", "kind": "Config", **contexts, **cluster})
+    before = sorted(checkout.iterdir())
+    overrides = ["--save.every-steps", "7"]
+    words = ["--nodes", "4", "--namespace", "mine", *overrides, "--dry-run"]
+    done = launch(checkout, *KUBERNETES, *words, KUBECONFIG=str(config))
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert (shown["kind"], shown["metadata"]["namespace"]) == ("TrainJob", "mine")
+    trainer, (pods,) = shown["spec"]["trainer"], shown["spec"]["podTemplateOverrides"]
+    ranks = ["python", "-m", "megatron_octo.launch.ranks", "-m", "megatron_octo"]
+    assert trainer["command"] == [*ranks, "train", RECIPE, *overrides]
+    assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (4, 8, "registry/octo:1")
+    assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "8"}
+    assert {"name": "OCTO_RUNS", "value": "/shared/runs"} in trainer["env"]
+    mounts = {each["name"]: each["mountPath"] for each in pods["spec"]["containers"][0]["volumeMounts"]}
+    assert mounts == {"runs": "/shared", "shm": "/dev/shm"}
+    assert pods["spec"]["volumes"][0]["persistentVolumeClaim"] == {"claimName": "runs"}
+    assert sorted(checkout.iterdir()) == before
+
+
+@pytest.mark.skipif(find_spec("kubernetes") is not None, reason="the Kubernetes client is installed")
+def test_without_the_kubernetes_client_the_command_that_installs_it_is_named(checkout: Path):
+    done = launch(checkout, *KUBERNETES, "--dry-run")
+    assert done.returncode == 1
+    assert "fix: pip install 'nemo-run[kubeflow]==0.11.1'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (KUBERNETES[:5], "--volume CLAIM:/PATH"),
+        ((*KUBERNETES[:-1], "runs"), "--volume CLAIM:/PATH"),
+        (("recipes/rl_zero.py:llama32_3b_long", *KUBERNETES[1:]), "runs training only"),
+    ],
+)
+def test_what_a_train_job_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], why: str):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(BadInput, match=why):
+        main([*words, "--dry-run"])
 
 
 def test_nodes_that_the_recipe_does_not_fit_are_refused(checkout: Path):

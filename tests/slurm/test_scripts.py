@@ -117,6 +117,53 @@ def test_crashes_without_a_save_end_a_job_and_so_does_bad_input_that_ranks_find(
     assert why in output(stubbed, job)
 
 
+@pytest.fixture
+def resubmitting(stubbed: Path) -> Path:
+    """A site whose jobs may not be requeued; submit with --no-requeue."""
+    site = stubbed / "slurm" / "site.sh"
+    site.write_text(f"{site.read_text()}OCTO_REQUEUE=resubmit\n")
+    return stubbed
+
+
+def successor(checkout: Path, job: str) -> str:
+    """The job that goes on where `job` ended."""
+    state = (checkout / "runs" / "slurm" / f"{job}.0" / "state").read_text()
+    (found,) = re.findall(r"^resubmitted as job (\d+): ", state)
+    return found
+
+
+def test_where_slurm_may_not_requeue_a_job_goes_on_as_another_and_others_wait_for_that(slurm, resubmitting):
+    words = ["--no-requeue", "--nodes=2", "--time=2:00:00", "--job-name=mine", "slurm/stable_200b.sh"]
+    job = submit(slurm, resubmitting, *words, "--save.every-steps", "7", STUB_PLAN_S="5")
+    after = slurm("sbatch", "--parsable", f"--dependency=afterok:{job}", "--output=/dev/null", "--wrap=true")
+    slurm.wait(job, (resubmitting / "runs" / "slurm" / f"{job}.0" / "state").exists)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait_end(job) == "COMPLETED", output(resubmitting, job)
+    again = successor(resubmitting, job)
+    assert slurm.wait_end(again) == "COMPLETED", output(resubmitting, again)
+    for name in ("NumNodes", "TimeLimit", "JobName"):
+        assert slurm.field(again, name) == slurm.field(job, name)
+    said = tasks(resubmitting, f"{again}.0")
+    assert len(said) == 16
+    assert said[0][0][2:] == ["--save.every-steps", "7"]
+    assert slurm.wait_end(after) == "COMPLETED"
+    assert slurm.field(after, "StartTime") >= slurm.field(again, "EndTime")
+
+
+def test_crashes_are_counted_over_jobs_that_go_on_from_each_other(slurm, resubmitting):
+    jobs = [submit(slurm, resubmitting, "--no-requeue", "--nodes=1", "slurm/stable_200b.sh", STUB_EXIT="1")]
+    while slurm.wait_end(jobs[-1]) == "COMPLETED":
+        jobs.append(successor(resubmitting, jobs[-1]))
+    assert len(jobs) == 3
+    assert "3 crashes without a save in between" in output(resubmitting, jobs[-1])
+
+
+def test_a_job_that_may_not_be_requeued_fails_and_says_what_to_set(slurm, stubbed):
+    job = submit(slurm, stubbed, "--no-requeue", "--nodes=1", "slurm/stable_200b.sh", STUB_EXIT="1")
+    assert slurm.wait_end(job) == "FAILED"
+    assert "fix: set OCTO_REQUEUE=resubmit" in output(stubbed, job)
+
+
 def test_a_time_limit_before_the_ranks_start_requeues_the_job(slurm, stubbed):
     job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_PLAN_S="5")
     state = stubbed / "runs" / "slurm" / f"{job}.0" / "state"
@@ -192,6 +239,7 @@ def test_a_pipeline_is_jobs_that_wait_for_what_they_read(slurm, stubbed):
     jobs = {name: job for job, name, *_ in (line.removeprefix("job ").split("  ") for line in lines)}
     assert len(jobs) == 19
     assert slurm.wait_end(jobs["report"], 600) == "COMPLETED"
+    assert slurm.field(jobs["train miniature-stable"], "Comment") == str(stubbed / "runs" / "miniature-stable")
     begun = {name: slurm.field(job, "StartTime") for name, job in jobs.items()}
     ended = {name: slurm.field(job, "EndTime") for name, job in jobs.items()}
     assert {slurm.state(job) for job in jobs.values()} == {"COMPLETED"}
@@ -237,6 +285,7 @@ def test_submit_checks_and_submits(slurm, stubbed):
     assert done.returncode == 0, done.stderr
     assert "nodes   1 x 8 GPUs = 8 ranks" in done.stderr
     (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    assert slurm.field(job, "Comment") == str(stubbed / "runs" / "llama32-3b-stable-200b")
     assert slurm.wait_end(job) == "COMPLETED"
 
 

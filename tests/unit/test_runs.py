@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megatron_octo import lineage, rundir
 from megatron_octo.cli.runs import main
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.errors import BadInput
-from megatron_octo.report.jobs import last_job
+from megatron_octo.report.jobs import last_jobs
 from megatron_octo.report.runs import find_run, forest, ledger, read_run, read_runs, saves
 from megatron_octo.train.state import TrainState
 from tests import finished_runs
@@ -54,7 +55,7 @@ def test_done_runs(pipeline):
 
 
 def test_a_run_that_was_cut_off_stands_at_its_last_whole_save(stable):
-    run = read_run(stable)
+    run = read_run(stable, {})
     assert run
     assert run.describe() == "stopped at step 780 of 1,560"
     assert run.tokens == 780 * 1024
@@ -68,7 +69,7 @@ def test_a_run_whose_lock_is_held_runs_and_says_how_long_yet(stable):
     with (stable / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1001, "tok')
     with rundir.lock(stable):
-        run = read_run(stable)
+        run = read_run(stable, {})
     assert run
     assert run.describe() == "running at step 1,000 of 1,560, eta 18m40s"
     assert run.eta_s == pytest.approx(1120)
@@ -77,7 +78,7 @@ def test_a_run_whose_lock_is_held_runs_and_says_how_long_yet(stable):
 
 def test_a_run_that_never_saved(stable):
     shutil.rmtree(stable / "checkpoints")
-    run = read_run(stable)
+    run = read_run(stable, {})
     assert run
     assert (run.describe(), run.tokens, saves(run), ledger(run)) == ("not saved yet", 0, [], [])
 
@@ -149,33 +150,75 @@ def test_nothing_is_written_and_no_torch_is_loaded(pipeline, runs):
     assert snapshot(runs) == before
 
 
+@pytest.fixture
+def squeue(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A program in its place; tests write what it prints."""
+    program = runs / "bin" / "squeue"
+    program.parent.mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+    def says(*lines: str) -> None:
+        program.write_text("\n".join(("#!/bin/sh", "cat <<END", *lines, "END")))
+        program.chmod(0o755)
+
+    return says
+
+
+def start(runs: Path, job: str, run: Path, state: str) -> None:
+    """What a start of a job leaves."""
+    (runs / "slurm" / job).mkdir(parents=True)
+    (runs / "slurm" / job / "run").write_text(f"{run}\n")
+    (runs / "slurm" / job / "state").write_text(f"{state}\n")
+
+
 @pytest.mark.parametrize(
-    ("said", "squeue", "words"),
+    ("said", "now", "words"),
     [
-        (
-            "failed exit code 1: octo train: CUDA error",
-            "",
-            "job 12, start 3 failed: exit code 1: octo train: CUDA error",
-        ),
-        ("stopped by a STOP file", "RUNNING", "job 12, start 3 stopped: by a STOP file"),
-        ("requeued saved in time", "PENDING", "job 12, start 3 pending: saved in time"),
-        ("requeued saved in time", "", "job 12, start 3 requeued: saved in time"),
-        ("running", "RUNNING", "job 12, start 3 running"),
-        ("running", "", "job 12, start 3 lost"),
+        ("failed exit code 1: octo train: CUDA error", "", "start 3 failed: exit code 1: octo train: CUDA error"),
+        ("stopped by a STOP file", "RUNNING|None", "start 3 stopped: by a STOP file"),
+        ("requeued saved in time", "PENDING|BeginTime", "start 3 pending: saved in time"),
+        ("requeued saved in time", "", "start 3 requeued: saved in time"),
+        ("running", "RUNNING|None", "start 3 running"),
+        ("running", "", "start 3 lost"),
     ],
 )
-def test_a_run_is_listed_with_its_last_job(runs, monkeypatch, said, squeue, words):
+def test_a_run_is_listed_with_its_last_job(runs, squeue, said, now, words):
     folder = runs / "stable"
-    for start, state in (("9.4", "failed earlier"), ("12.0", "requeued"), ("12.2", said)):
-        (runs / "slurm" / start).mkdir(parents=True)
-        (runs / "slurm" / start / "run").write_text(f"{folder}\n")
-        (runs / "slurm" / start / "state").write_text(state)
-    program = runs / "bin" / "squeue"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\necho {squeue}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    job = last_job(folder)
-    assert job
-    assert job.describe() == words
-    assert last_job(runs / "other") is None
+    for job, state in (("9.4", "failed earlier"), ("12.0", "requeued"), ("12.2", said)):
+        start(runs, job, folder, state)
+    squeue(*([f"12|{now}|{folder}"] if now else []), "13|RUNNING|None|(null)")
+    jobs = last_jobs()
+    assert jobs[folder].describe() == f"job 12, {words}"
+    assert jobs.keys() == {folder}
+
+
+def test_a_slurm_that_does_not_answer_loses_no_job(runs, squeue):
+    start(runs, "12.0", runs / "stable", "running")
+    squeue("END", "exit 1", "cat <<END")
+    assert last_jobs()[runs / "stable"].describe() == "job 12 running"
+
+
+def test_a_run_is_listed_before_its_job_has_begun(pipeline, runs, squeue, capsys):
+    start(runs, "12.0", runs / "refused", "failed octo train: unknown setting")
+    start(runs, "13.0", runs / "miniature-rl-long", "failed exit code 1")
+    squeue(
+        f"21|PENDING|Priority|{runs}/first",
+        f"22|RUNNING|None|{runs}/starting",
+        f"23|PENDING|Dependency|{runs}/miniature-stable",
+        f"24|PENDING|Dependency|{runs}/miniature-rl-long",
+        "25|PENDING|Priority|/elsewhere/third",
+        "26|PENDING|Priority|anything | else",
+    )
+    (rundir.run_folder("miniature-stable") / rundir.DONE).unlink()
+    (rundir.run_folder("miniature-rl-long") / rundir.DONE).unlink()
+    said = {run.name: run.describe() for run in read_runs(runs)}
+    assert len(said) == 10
+    assert said["first"] == "not saved yet; job 21 pending: Priority"
+    assert said["starting"] == "not saved yet; job 22 running"
+    assert said["refused"] == "not saved yet; job 12 failed: octo train: unknown setting"
+    assert said["miniature-stable"].endswith("; job 23 pending: Dependency")
+    assert said["miniature-rl-long"].endswith("; job 24 pending: Dependency")
+    main(["show", "first"])
+    assert "first  not saved yet; job 21 pending: Priority" in " ".join(capsys.readouterr().out.split("  "))
+    main(["tree"])
+    assert "not saved yet; job 21 pending: Priority" in capsys.readouterr().out

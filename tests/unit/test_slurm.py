@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -149,6 +151,20 @@ def test_a_gpu_that_is_missing_in_use_or_broken_is_found(nvidia_smi: Path, tmp_p
     said = preflight.faults(num_gpus=2, runs=tmp_path)
     assert len(said) == len(found)
     assert all(each.startswith(start) for each, start in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("site", sorted((REPOSITORY / "slurm" / "sites").glob("*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(("bandwidth", "fault"), [("480.2", ""), ("41.5", "41.5 GB/s"), (None, "0 GB/s")])
+def test_the_example_of_a_bandwidth_check_finds_slow_nodes(nvidia_smi, tmp_path, site, bandwidth, fault):
+    (line,) = re.findall(r"^# (OCTO_PREFLIGHT=.*)$", site.read_text(), re.MULTILINE)
+    command = subprocess.check_output(["bash", "-c", f'{line}; echo -n "$OCTO_PREFLIGHT"'], text=True)
+    if bandwidth:
+        program = nvidia_smi.with_name("all_reduce_perf")
+        program.write_text(f"#!/bin/sh\necho '# Avg bus bandwidth    : {bandwidth}'\necho '#'\n")
+        program.chmod(0o755)
+    found = preflight.faults(num_gpus=0, runs=tmp_path, command=command)
+    assert len(found) == bool(fault)
+    assert all(each.startswith(f"{command!r} ended with exit code 1") for each in found)
 
 
 def test_a_clock_a_disk_and_a_command_of_the_site_are_checked(tmp_path: Path):
