@@ -17,7 +17,8 @@ from megatron_octo.cli.launch import main
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.train import MidTrainConfig
-from megatron_octo.errors import BadInput
+from megatron_octo.errors import BadInput, OctoError
+from megatron_octo.launch import nemo
 from tests.conftest import REPOSITORY, snapshot
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_scripts import stubbed
@@ -123,6 +124,15 @@ def test_a_launch_on_slurm_ends_as_its_job_does(slurm: Cluster, stubbed: Path, s
     (records,) = (stubbed / "runs" / "slurm").iterdir()
     assert (records / "hosts").read_text().split() == ["node1", "node2"]
     assert (records / "state").read_text().startswith("failed exit code 2" if code else "done ")
+
+
+def test_a_job_is_followed_to_the_one_that_goes_on_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("OCTO_RUNS", str(tmp_path))
+    monkeypatch.setattr(nemo, "POLL_S", 0.0)
+    for start, state in (("7.0", "resubmitted as job 9: saved in time\n"), ("9.0", "failed exit code 1\n")):
+        rundir.write_atomic(tmp_path / "slurm" / start / "state", state)
+    with pytest.raises(OctoError, match="job 9 failed: exit code 1"):
+        nemo._follow("7")
 
 
 @pytest.mark.slow

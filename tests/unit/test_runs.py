@@ -178,6 +178,7 @@ def start(runs: Path, job: str, run: Path, state: str) -> None:
         ("stopped by a STOP file", "RUNNING|None", "start 3 stopped: by a STOP file"),
         ("requeued saved in time", "PENDING|BeginTime", "start 3 pending: saved in time"),
         ("requeued saved in time", "", "start 3 requeued: saved in time"),
+        ("resubmitted as job 13: saved in time", "", "start 3 resubmitted: as job 13: saved in time"),
         ("running", "RUNNING|None", "start 3 running"),
         ("running", "", "start 3 lost"),
     ],
