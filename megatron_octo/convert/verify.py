@@ -151,10 +151,10 @@ def _compare_logits(source: Save, hf: Path, dtype: torch.dtype, text: Path) -> R
         streamed = _available_bytes() < FP32_BYTES * source.model.num_parameters * SPARE
         theirs = _hf_logits_by_layer(source, hf, tokens) if streamed else _hf_logits(hf, tokens)
         ours = _megatron_logits(source, tokens, dtype, streamed=streamed)
-        largest, differences, kl, scale = 0.0, 0, 0.0, 0.0
+        differences, kl, largest, scale = 0, 0.0, torch.zeros(()), torch.zeros(())
         for a, b in zip(theirs, ours, strict=True):  # [length, vocab]
-            largest = max(largest, _finite_max(a - b))
-            scale = max(scale, _finite_max(a))
+            largest = torch.maximum(largest, (a - b).abs().max())  # keeps a NaN
+            scale = torch.maximum(scale, a.abs().max())
             chosen = a.gather(1, b.argmax(-1, keepdim=True)).squeeze(1)
             differences += int((a.max(-1).values - chosen > TIE).sum())
             log_p, log_q = a.double().log_softmax(-1), b.double().log_softmax(-1)
@@ -162,18 +162,13 @@ def _compare_logits(source: Save, hf: Path, dtype: torch.dtype, text: Path) -> R
     return Report(
         num_tensors=0,
         num_positions=tokens.numel(),
-        max_logit_difference=largest,
+        max_logit_difference=float(largest),
         num_argmax_differences=differences,
         mean_kl=kl / tokens.numel(),
-        max_logit=scale,
+        max_logit=float(scale),
         tokens=told,
         streamed=streamed,
     )
-
-
-def _finite_max(values: torch.Tensor) -> float:
-    """Largest absolute value; NaN where any is."""
-    return float(values.abs().max()) if bool(values.isfinite().all()) else float("nan")
 
 
 def _hf_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:

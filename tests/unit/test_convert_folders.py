@@ -19,6 +19,7 @@ from megatron_octo.config.base import to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
 from megatron_octo.convert import hf_folder, model_card, output, torch_dist
+from megatron_octo.convert import verify as verify_module
 from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
@@ -539,6 +540,26 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_refused_and_the_code_not_run(
     with pytest.raises(BadInput, match="cannot be loaded"):
         to_hf(made / "import", tmp_path / "out", tokenizer, verify=False)
     assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("*out*"))
+
+
+def test_a_torn_tokenizer_is_refused_as_such(made: Path, words: Path, tmp_path: Path) -> None:
+    tokenizer = Path(shutil.copytree(words, tmp_path / "words"))
+    (tokenizer / "tokenizer.json").write_text((words / "tokenizer.json").read_text()[:-9])
+    with pytest.raises(BadInput, match="cannot be loaded") as refused:
+        to_hf(made / "import", tmp_path / "out", tokenizer, verify=False)
+    assert refused.value.fix.startswith("give all files of a tokenizer, whole")
+
+
+def test_a_logit_that_is_no_number_fails_whichever_comes_after_it(
+    made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.rand(16, 64, 32)
+    wrong = logits.clone()
+    wrong[3, 5, 7] = float("nan")
+    monkeypatch.setattr(verify_module, "_hf_logits", lambda *arguments: logits)
+    monkeypatch.setattr(verify_module, "_megatron_logits", lambda *arguments, streamed: wrong)
+    with pytest.raises(VerificationError, match="logits differ by up to nan"):
+        to_hf(made / "import", tmp_path / "out", words)
 
 
 def test_a_run_folder_stands_for_its_last_whole_save(made: Path, tmp_path: Path) -> None:
