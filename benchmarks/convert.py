@@ -4,8 +4,8 @@
     python benchmarks/convert.py --folder DISK --shape 70b --layers 2
 
 A model of Llama-3.1's shapes (random bf16 weights) goes from Hugging Face's format to ours and back, by `octo convert
-from-hf` and `octo convert to-hf --skip-logits`, each a process of its own; the export must have the bytes that the
-road began with. Before and after each conversion its input is copied on the same disk, file by file with fsync. What
+from-hf` and `to-hf`, each with `--skip-logits` and a process of its own; the export must have the bytes that the road
+began with. Before and after each conversion its input is copied on the same disk, file by file with fsync. What
 is read is not in the page cache when a clock starts. `ratio_to_copy` is the time of a conversion, the start of Python
 included, over the mean of the two copies around it; `seconds`, `copy_seconds` and it are medians of `--rounds`.
 
@@ -77,7 +77,7 @@ def main() -> None:
         model = that_fits(wanted, shutil.disk_usage(folder).free)
         hf, base, export = folder / "hf", folder / "base", folder / "export"
         write_model(hf, model)
-        from_hf = measure(("from-hf", hf, base), asked.rounds)
+        from_hf = measure(("from-hf", hf, base, "--skip-logits"), asked.rounds)
         for path in hf.glob(hf_folder.WEIGHT_FILES):
             path.unlink()
         to_hf = measure(("to-hf", base, export, "--tokenizer", hf, "--skip-logits"), asked.rounds)

@@ -31,7 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     options = parser("convert", "Hugging Face <-> Megatron, on the CPU, checked.")
     commands = options.add_subparsers(dest="command", required=True, metavar="from-hf | to-hf | verify | random-base")
 
-    importing = commands.add_parser("from-hf", help="a Hugging Face folder -> a base that training starts from")
+    importing = commands.add_parser(
+        "from-hf", help="a Hugging Face folder -> a base that training starts from, verified"
+    )
     importing.add_argument(
         "hf", metavar="HF", help="folder with config.json and safetensors, or a model's name on the Hub: owner/name"
     )
@@ -73,10 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--skip-verify", action="store_true", help="do not compare the result with what it came from")
     for each in (exporting, verifying):
         each.add_argument(
-            "--skip-logits", action="store_true", help="compare the weights, bit for bit, and run no model"
-        )
-        each.add_argument(
             "--config", metavar="HF", type=Path, help="of a plain Megatron checkpoint: a folder of a model of its shape"
+        )
+    for each in (importing, exporting, verifying):
+        each.add_argument(
+            "--skip-logits", action="store_true", help="compare the weights, bit for bit, and run no model"
         )
         each.add_argument(
             "--text",
@@ -106,7 +109,7 @@ def _text_file(name: str) -> Path:
 
 
 def _from_hf(own: argparse.Namespace) -> None:
-    from megatron_octo.convert import hf_folder
+    from megatron_octo.convert import hf_folder, sample
     from megatron_octo.convert.from_hf import from_hf
     from megatron_octo.convert.hub_model import folder_of
 
@@ -115,7 +118,15 @@ def _from_hf(own: argparse.Namespace) -> None:
     if own.dry_run:
         hf_folder.Weights(hf).check(model)
     else:
-        from_hf(hf, own.output, name=Path(own.hf).name, verify=not own.skip_verify, overwrite=own.overwrite)
+        from_hf(
+            hf,
+            own.output,
+            name=Path(own.hf).name,
+            verify=not own.skip_verify,
+            text=own.text or sample.TEXT,
+            logits=not own.skip_logits,
+            overwrite=own.overwrite,
+        )
     _say(own, model, output=own.output, source=hf)
 
 

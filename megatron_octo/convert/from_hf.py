@@ -1,7 +1,8 @@
 """A Hugging Face folder -> a megatron checkpoint that training starts from at any parallel layout.
 
 Weights are renamed, joined and stacked by the one table in `model/mapping.py`; their numbers and number formats
-stay as they are, which is checked before the result appears. Run it with `octo convert from-hf`.
+stay as they are. That, and that both models give the same logits, is checked before the result appears. Run it with
+`octo convert from-hf`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
-from megatron_octo.convert import hf_folder, torch_dist
+from megatron_octo.convert import hf_folder, sample, torch_dist
 from megatron_octo.convert.compare import compare_import
 from megatron_octo.convert.output import check_room, continued, finished
+from megatron_octo.convert.verify import verify as verify_import
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
 from megatron_octo.model.weights import MODEL_FILE
@@ -25,15 +27,26 @@ if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
 
 
-def from_hf(hf: Path, output: Path, *, name: str = "", verify: bool = True, overwrite: bool = False) -> Path:
+def from_hf(
+    hf: Path,
+    output: Path,
+    *,
+    name: str = "",
+    verify: bool = True,
+    text: Path = sample.TEXT,
+    logits: bool = True,
+    overwrite: bool = False,
+) -> Path:
     """Convert the Hugging Face folder `hf` into `output`; returns `output`. `name` is the base's, for its lineage.
+
+    `verify` compares all weights, and `logits` runs both models on `text`.
 
     An `output` that was made from the same weights is left as it is.
 
     Raises:
         BadInput: a model that training cannot express, weights that do not fit its config, or an
             `output` made from other weights (`overwrite` replaces it).
-        VerificationError: the weights on the disk are not those of `hf`; no `output` is left.
+        VerificationError: what is on the disk is not the model of `hf`; no `output` is left.
     """
     log = console.logger(__name__)
     model = hf_folder.read_model_config(hf)
@@ -63,6 +76,8 @@ def from_hf(hf: Path, output: Path, *, name: str = "", verify: bool = True, over
         sums = {name: hashed(hf / name).result() for name in files}
         parent = _parent(hf, name, rundir.sha256_files(sums))
         lineage.write(folder, lineage.Lineage(name=parent.name, kind="import", weights_sha256=digest, parent=parent))
+        if verify:
+            verify_import(folder, hf, weights=False, logits=logits, text=text, into=folder)
     log.info("%s: %s parameters from %s", output, f"{model.num_parameters:,}", hf)
     return output
 

@@ -217,7 +217,8 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"the tokenizer in {folder} cannot be loaded: {error}", fix="give a tokenizer that needs no code of its own"
+            f"the tokenizer in {folder} cannot be loaded: {error}",
+            fix="give all files of a tokenizer, whole; one that needs code of its own is not supported",
         ) from None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_octo.budget import ledger
+from megatron_octo.convert.verify import REPORT
 from megatron_octo.model.mapping import LLAMA, family_of
 from megatron_octo.rundir import write_atomic
 
@@ -42,7 +43,7 @@ def write(folder: Path, link: Lineage, model: ModelConfig, *, save: Path, base: 
         licence = f"Built with Llama. The licence of the base, the [{terms}]({page}), applies to this model too.\n\n"
     else:
         licence = f"Licence: that of the base, {link.chain()[0].name}{_copied(folder)}.\n\n"
-    write_atomic(folder / CARD, _card(name_of(link, version), licence, link, dtype) + _ledger(save))
+    write_atomic(folder / CARD, _card(name_of(link, version), licence, link, dtype, _proof(folder)) + _ledger(save))
 
 
 def llama_version(link: Lineage, model: ModelConfig) -> str | None:
@@ -65,6 +66,12 @@ def _copied(folder: Path) -> str:
     return f" (see {', '.join(names)})" if names else ""
 
 
+def _proof(folder: Path) -> str:
+    if not (folder / REPORT).exists():
+        return "Not verified: it was not compared with the Megatron model that it was converted from."
+    return f"`{REPORT}` holds the comparison with the Megatron model that it was converted from."
+
+
 def _ledger(save: Path) -> str:
     """What the last run read of each source; nothing for an import."""
     if not (save / ledger.FILE).exists():
@@ -74,7 +81,7 @@ def _ledger(save: Path) -> str:
     return f"\n| source | tokens read | epochs |\n|---|---|---|\n{rows}\n"
 
 
-def _card(name: str, licence: str, link: Lineage, dtype: str) -> str:
+def _card(name: str, licence: str, link: Lineage, dtype: str, proof: str) -> str:
     chain = link.chain()
     trained = [each for each in chain if each.kind == "train"]
     facts = [f"* base: {chain[0].name}"]
@@ -88,7 +95,7 @@ def _card(name: str, licence: str, link: Lineage, dtype: str) -> str:
         f"# {name}\n\n"
         f"{licence}"
         f"Made by megatron_octo: Stable-then-Decay mid-training, then `octo convert to-hf --dtype {dtype}`.\n"
-        "`verify.json` holds the comparison with the Megatron model that it was converted from.\n\n"
+        f"{proof}\n\n"
         f"{'\n'.join(facts)}\n\n"
         "| made by | name | step | tokens trained | weights |\n|---|---|---|---|---|\n"
         f"{rows}\n"

@@ -1,4 +1,4 @@
-"""The tokens at which the logits of an export are compared: those of a text, else random ones."""
+"""The tokens at which the logits of both models are compared: those of a text, else random ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_octo.convert.hf_folder import has_tokenizer, load_tokenizer
+from megatron_octo.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -23,21 +24,22 @@ def tokens(folder: Path, text: Path, *, vocab_size: int, rows: int, length: int)
     """
     import torch
 
-    ids, told = _ids(folder, text), f"tokens of {text.name}"
+    ids, why = _ids(folder, text)
     if len(set(ids)) < FEWEST_IDS or max(ids) >= vocab_size:
-        why = f"makes too little of {text.name}" if has_tokenizer(folder) else "is missing"
         draw = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (rows, length), generator=draw), f"random tokens, since the tokenizer {why}"
     repeats = -(-rows * length // len(ids))
-    return torch.tensor(ids * repeats)[: rows * length].reshape(rows, length), told
+    return torch.tensor(ids * repeats)[: rows * length].reshape(rows, length), f"tokens of {text.name}"
 
 
-def _ids(folder: Path, text: Path) -> list[int]:
-    """The text's ids; none without a tokenizer."""
+def _ids(folder: Path, text: Path) -> tuple[list[int], str]:
+    """The text's ids, and what the tokenizer lacks where they are too few."""
     if not has_tokenizer(folder):
-        return []
+        return [], "is missing"
+    try:
+        tokenizer = load_tokenizer(folder)
+    except BadInput:  # an import does not need it
+        return [], "cannot be loaded"
     words = text.read_text(errors="replace")
-    ids: list[int] = load_tokenizer(folder)(words, add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]  # longer than its limit
-    return ids
+    ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]  # longer than its limit
+    return ids, f"makes too little of {text.name}"

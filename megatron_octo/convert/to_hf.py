@@ -74,9 +74,9 @@ def to_hf(
             hf_folder.write_plain_template(folder)
         link = lineage.Lineage(name=parent.name, kind="export", weights_sha256=digest, step=parent.step, parent=parent)
         lineage.write(folder, link)
-        model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
         if verify:
             verify_export(save, folder, config, weights=False, logits=logits, text=text)
+        model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
     log.info("%s: %s, %s parameters", output, dtype, f"{source.model.num_parameters:,}")
     return output
 

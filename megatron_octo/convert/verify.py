@@ -1,4 +1,4 @@
-"""Checks an export: every tensor bit for bit, and the logits of both models at every position of a text.
+"""Checks a conversion: every tensor bit for bit, and the logits of both models at every position of a text.
 
 The second check is what makes the first one worth something: renaming and joining wrongly, but in the same way in
 both directions, would leave all bits in place. Megatron's model is filled by megatron's own names, without
@@ -18,7 +18,8 @@ from megatron_octo.config.train import ParallelConfig, PrecisionConfig
 from megatron_octo.convert import hf_folder, sample
 from megatron_octo.convert.compare import SHOWN, compare_export
 from megatron_octo.convert.save import Save
-from megatron_octo.errors import VerificationError
+from megatron_octo.errors import BadInput, VerificationError
+from megatron_octo.model import mapping
 
 if TYPE_CHECKING:
     import torch
@@ -69,22 +70,24 @@ def verify(
     weights: bool = True,
     logits: bool = True,
     text: Path = sample.TEXT,
+    into: Path | None = None,
 ) -> Report:
-    """Compare the export `hf` with the save it was made from; writes `verify.json` into `hf`.
+    """Compare the folder `hf` with the save it was made from, or that was made from it; writes `verify.json` into `hf`.
 
     `config` is as for `to_hf`. `weights` says that they were not compared yet; `logits` that both models shall run, at
-    1,024 positions of `text`.
+    1,024 positions of `text`; `into` is another folder for the report.
 
     Raises:
         BadInput: one of the folders is not what it should be.
         VerificationError: they differ; the message says where. No `verify.json` remains.
     """
+    told = (into or hf) / REPORT
     try:
         report = _compare(Save(save, config), hf, text, weights=weights, logits=logits)
     except VerificationError:
-        (hf / REPORT).unlink(missing_ok=True)
+        told.unlink(missing_ok=True)
         raise
-    rundir.write_json(hf / REPORT, asdict(report))
+    rundir.write_json(told, asdict(report))
     console.logger(__name__).info("%s", describe(report))
     return report
 
@@ -102,17 +105,19 @@ def describe(report: Report) -> str:
 
 
 def _compare(source: Save, hf: Path, text: Path, *, weights: bool, logits: bool) -> Report:
+    import torch
+
     exported = hf_folder.Weights(hf)
     exported.check(source.model)
     _compare_settings(source.model, hf)
     if weights:
         compare_export(source, exported)
-    dtypes = {exported.dtype(name) for name in exported.shapes}
-    if len(dtypes) > 1:
-        raise VerificationError(f"{hf} has weights in several number formats: {dtypes}", fix="convert again")
+    names = mapping.hf_shapes(source.model).keys()
     if not logits:
-        return Report(num_tensors=len(exported.shapes))
-    report = _compare_logits(source, hf, dtypes.pop(), text)
+        return Report(num_tensors=len(names))
+    dtypes = {exported.dtype(name) for name in names}
+    # an import keeps several formats as they are, and fp32 holds them all; an export is in one
+    report = _compare_logits(source, hf, dtypes.pop() if len(dtypes) == 1 else torch.float32, text)
     failures = []
     bar = min(MAX_LOGIT_DIFFERENCE, MAX_RELATIVE_DIFFERENCE * report.max_logit)
     if not report.max_logit_difference <= bar:  # a NaN fails too
@@ -124,15 +129,15 @@ def _compare(source: Save, hf: Path, text: Path, *, weights: bool, logits: bool)
     if failures:
         raise VerificationError(
             f"{hf} is not the model of {source.folder}: {'; '.join(failures)}, over {report.num_positions:,} positions",
-            fix="do not use this export; convert again, and report it if it stays",
+            fix="do not use this conversion; convert again, and report it if it stays",
         )
-    return replace(report, num_tensors=len(exported.shapes))
+    return replace(report, num_tensors=len(names))
 
 
 def _compare_settings(model: ModelConfig, hf: Path) -> None:
     differing = list(rundir.differences(to_dict(model), to_dict(hf_folder.read_model_config(hf))))
     if differing:
-        lines = "; ".join(f"{name}: {old!r} in the save, {new!r} in the export" for name, old, new in differing)
+        lines = "; ".join(f"{name}: {old!r} in the save, {new!r} in the folder" for name, old, new in differing)
         raise VerificationError(f"{hf / hf_folder.CONFIG} describes another model: {lines}", fix="convert again")
 
 
@@ -146,10 +151,10 @@ def _compare_logits(source: Save, hf: Path, dtype: torch.dtype, text: Path) -> R
         streamed = _available_bytes() < FP32_BYTES * source.model.num_parameters * SPARE
         theirs = _hf_logits_by_layer(source, hf, tokens) if streamed else _hf_logits(hf, tokens)
         ours = _megatron_logits(source, tokens, dtype, streamed=streamed)
-        largest, differences, kl, scale = 0.0, 0, 0.0, 0.0
+        differences, kl, largest, scale = 0, 0.0, torch.zeros(()), torch.zeros(())
         for a, b in zip(theirs, ours, strict=True):  # [length, vocab]
-            largest = max(largest, _finite_max(a - b))
-            scale = max(scale, _finite_max(a))
+            largest = torch.maximum(largest, (a - b).abs().max())  # keeps a NaN
+            scale = torch.maximum(scale, a.abs().max())
             chosen = a.gather(1, b.argmax(-1, keepdim=True)).squeeze(1)
             differences += int((a.max(-1).values - chosen > TIE).sum())
             log_p, log_q = a.double().log_softmax(-1), b.double().log_softmax(-1)
@@ -157,18 +162,13 @@ def _compare_logits(source: Save, hf: Path, dtype: torch.dtype, text: Path) -> R
     return Report(
         num_tensors=0,
         num_positions=tokens.numel(),
-        max_logit_difference=largest,
+        max_logit_difference=float(largest),
         num_argmax_differences=differences,
         mean_kl=kl / tokens.numel(),
-        max_logit=scale,
+        max_logit=float(scale),
         tokens=told,
         streamed=streamed,
     )
-
-
-def _finite_max(values: torch.Tensor) -> float:
-    """Largest absolute value; NaN where any is."""
-    return float(values.abs().max()) if bool(values.isfinite().all()) else float("nan")
 
 
 def _hf_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,19 @@ def _hf_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(hf), dtype=torch.float32, attn_implementation="sdpa").eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(hf),
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,  # never a pickle, which a base's folder may hold as well
+        )
+    except (OSError, ValueError, AssertionError) as error:
+        raise BadInput(
+            f"transformers cannot load {hf}: {error}", fix="mend the folder, or give --skip-logits to run no model"
+        ) from None
+    model.eval()
     return torch.cat([model(row[None]).logits for row in tokens])
 
 

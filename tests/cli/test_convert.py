@@ -44,7 +44,7 @@ def run_folder(convert: Run, miniature: Path) -> Path:
     """The miniature's random base, imported, as the save of a run after step 5."""
     assert convert("random-base", RECIPE)[0] == 0
     save = rundir.step_folder(miniature.parent / "stage", 5)
-    assert convert("from-hf", miniature / "base", save)[0] == 0
+    assert convert("from-hf", miniature / "base", save, "--skip-logits")[0] == 0
     rundir.write_json(save / "config.json", {"data": {"tokenizer": str(miniature / "tokenizer")}})
     return miniature.parent / "stage"
 
@@ -85,12 +85,15 @@ def test_an_unverified_export_holds_no_report(convert: Run, run_folder: Path, tm
     code, out, _ = convert("to-hf", run_folder, tmp_path / "out", "--dtype", "fp32", "--skip-verify")
     assert (code, out) == (0, f"{tmp_path / 'out'}\n")
     assert rundir.is_done(tmp_path / "out") and not (tmp_path / "out/verify.json").exists()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Not verified" in card and "verify.json" not in card
 
 
 def test_a_proof_of_the_weights_alone_runs_no_model(convert: Run, run_folder: Path, tmp_path: Path) -> None:
     assert convert("to-hf", run_folder, tmp_path / "out", "--skip-logits")[0] == 0
     report = rundir.read_json(tmp_path / "out/verify.json")
     assert report["num_tensors"] > 20 and report["num_positions"] == 0
+    assert "`verify.json` holds the comparison" in (tmp_path / "out/README.md").read_text()
     code, out, _ = convert("verify", run_folder, tmp_path / "out", "--skip-logits")
     assert (code, out) == (0, f"verified: {report['num_tensors']} tensors bit-identical; logits not compared\n")
 

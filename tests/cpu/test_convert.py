@@ -60,7 +60,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder / "words")
     random_base(RandomBaseConfig(model=MODEL, tokenizer=folder / "words", output=folder / "base"))
     _randomise_norms(folder / "base/model.safetensors")
-    from_hf(folder / "base", folder / "import")
+    from_hf(folder / "base", folder / "import", logits=False)
     return folder
 
 
@@ -125,6 +125,7 @@ MISTAKES = (
     "norm reversed",
     "output projection untransposed",
 )
+IMPORT_MISTAKES = ("rotary factor read", *(name for name in MISTAKES if "rotary" not in name))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -132,6 +133,26 @@ def test_a_mistake_in_the_mapping_is_caught_and_leaves_no_export(single: dict[st
     found = single["mistakes"][mistake]
     assert "VerificationError" in found["raised"], found
     assert not found["left_behind"]
+
+
+@pytest.mark.parametrize("mistake", IMPORT_MISTAKES)
+def test_a_mistake_in_the_mapping_is_caught_and_leaves_no_import(single: dict[str, Any], mistake: str) -> None:
+    found = single["import mistakes"][mistake]
+    assert "VerificationError" in found["raised"] and "logits differ by up to" in found["raised"], found
+    assert not found["left_behind"]
+
+
+def test_an_import_is_proven_as_an_export_is_and_leaves_its_origin_alone(single: dict[str, Any], work: Path) -> None:
+    report = rundir.read_json(work / "qwen3-tied-import/verify.json")
+    assert report["num_tensors"] == single["families"]["qwen3-tied"]["num_tensors"]
+    assert report["num_positions"] >= 1000 and report["tokens"] == "random tokens, since the tokenizer is missing"
+    assert report["max_logit_difference"] <= 1e-5 * report["max_logit"]
+    assert not (work / "qwen3-tied/verify.json").exists()
+
+
+def test_a_base_whose_norms_are_of_another_number_format_is_proven(single: dict[str, Any]) -> None:
+    report = single["mixed"]
+    assert report["num_positions"] >= 1000 and report["max_logit_difference"] <= 1e-6 * report["max_logit"]
 
 
 def test_mistakes_that_a_round_trip_cannot_see_show_in_the_logits(single: dict[str, Any]) -> None:
@@ -204,6 +225,7 @@ def _launch(zygote: Zygote, function: str, work: Path, *, ranks: int) -> None:
 def write_findings(folder: str) -> None:
     """Convert there and back, rightly and wrongly; what came of it is in single.json."""
     from megatron_octo.convert import verify as verify_module
+    from megatron_octo.convert.from_hf import from_hf
     from megatron_octo.convert.to_hf import to_hf
 
     work = Path(folder)
@@ -211,7 +233,7 @@ def write_findings(folder: str) -> None:
     for dtype in ("fp32", "bf16"):
         to_hf(work / "import", work / dtype, work / "words", dtype=dtype)
         verified[dtype] = rundir.read_json(work / dtype / "verify.json")
-    mistakes = {}
+    mistakes, import_mistakes = {}, {}
     with _patched(verify_module, _available_bytes=lambda: 0):
         streamed = {"llama": asdict(verify_module.verify(work / "import", work / "fp32"))} | {
             name: asdict(verify_module.verify(work / f"{name}-import", work / f"{name}-export"))
@@ -222,6 +244,10 @@ def write_findings(folder: str) -> None:
             mistake = _attempt(lambda: to_hf(work / "import", work / "wrong", work / "words"), work / "wrong")
     for name, make in _mistakes().items():
         with make():
+            if name in IMPORT_MISTAKES:
+                import_mistakes[name] = _attempt(
+                    lambda: from_hf(work / "base", work / "wrong-import"), work / "wrong-import"
+                )
             mistakes[name] = _attempt(
                 lambda: to_hf(work / "import", work / "wrong", work / "words", dtype="fp32"), work / "wrong"
             )
@@ -231,6 +257,8 @@ def write_findings(folder: str) -> None:
         "families": families,
         "verified": verified,
         "mistakes": mistakes,
+        "import mistakes": import_mistakes,
+        "mixed": _mixed(work),
         "changed": _changed(work),
     }
     rundir.write_json(work / "single.json", found)
@@ -300,6 +328,20 @@ def _changed(work: Path) -> dict[str, Any]:
     return _attempt(lambda: verify(work / "import", folder), folder / "verify.json")
 
 
+def _mixed(work: Path) -> Any:
+    """What verify says of an import of bf16 matrices and fp32 norms."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from megatron_octo.convert.from_hf import from_hf
+
+    folder = Path(shutil.copytree(work / "base", work / "mixed"))
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {name: tensor if tensor.dim() == 1 else tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(mixed, folder / "model.safetensors")
+    return rundir.read_json(from_hf(folder, work / "mixed-import") / "verify.json")
+
+
 def _mistakes() -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
     """Each makes the same mistake in both directions, but for `rotary factor`."""
     from megatron_octo.model import mapping
@@ -324,6 +366,9 @@ def _mistakes() -> dict[str, Callable[[], contextlib.AbstractContextManager[None
     def read_own(family: mapping.Family, config: dict[str, Any], origin: str) -> ModelConfig:
         return replace(read(family, config, origin), rope_factor=MODEL.rope_factor)
 
+    def read_eight(family: mapping.Family, config: dict[str, Any], origin: str) -> ModelConfig:
+        return replace(read(family, config, origin), rope_factor=8.0)
+
     def write_eight(family: mapping.Family, model: ModelConfig) -> dict[str, Any]:
         return write(family, replace(model, rope_factor=8.0))
 
@@ -345,6 +390,7 @@ def _mistakes() -> dict[str, Callable[[], contextlib.AbstractContextManager[None
         "gate and up exchanged": lambda: reordered("linear_fc1.weight", lambda parts: parts[::-1]),
         "rotary factor": lambda: _patched(mapping, _write=write_eight),
         "rotary factor both ways": lambda: _patched(mapping, _write=write_eight, _read=read_own),
+        "rotary factor read": lambda: _patched(mapping, _read=read_eight),
         "norms exchanged": exchange_norms,
         "norm reversed": lambda: reordered("fc1.layer_norm_weight", lambda parts: [parts[0].flip(0)]),
         "output projection untransposed": lambda: reordered("linear_proj.weight", lambda parts: [parts[0].T]),

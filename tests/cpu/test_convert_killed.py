@@ -30,7 +30,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("killed")
     random_base(RandomBaseConfig(model=MODEL, tokenizer=word_tokenizer(folder / "words"), output=folder / "base"))
-    from_hf(folder / "base", folder / "import")
+    from_hf(folder / "base", folder / "import", logits=False)
     return folder
 
 
@@ -86,6 +86,6 @@ def convert(way: str, work: Path, output: Path) -> None:
         for function in (hf_folder.write_weights, torch_dist.write):
             patch.setitem(function.__kwdefaults__, "max_file_bytes", FILE_BYTES)
         if way == "from-hf":
-            from_hf(work / "base", output)
+            from_hf(work / "base", output, logits=False)
         else:
             to_hf(work / "import", output, work / "words", dtype="fp32", verify=False)

@@ -19,6 +19,7 @@ from megatron_octo.config.base import to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
 from megatron_octo.convert import hf_folder, model_card, output, torch_dist
+from megatron_octo.convert import verify as verify_module
 from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
@@ -63,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
     """A folder with `base`, a random model, and `import`, made from it."""
     folder = tmp_path_factory.mktemp("made")
     random_base(RandomBaseConfig(model=MODEL, tokenizer=words, output=folder / "base"))
-    from_hf(folder / "base", folder / "import")
+    from_hf(folder / "base", folder / "import", logits=False)
     return folder
 
 
@@ -173,7 +174,7 @@ def test_an_export_speaks_in_plain_turns_unless_it_keeps_the_tokenizers_template
 def test_number_formats_stay_as_they_are(base: Path, tmp_path: Path) -> None:
     tensors = {name: t.to(torch.bfloat16) for name, t in load_file(base / "model.safetensors").items()}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    save = Save(from_hf(base, tmp_path / "import"))
+    save = Save(from_hf(base, tmp_path / "import", logits=False))
     assert save.read("decoder.layers.mlp.linear_fc2.weight", 1).dtype == torch.bfloat16
 
 
@@ -199,15 +200,15 @@ def test_large_models_are_written_and_read_in_numbered_files(base: Path, tmp_pat
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
     assert all((out / file).stat().st_size < 8192 for file in files)
-    assert from_hf(out, tmp_path / "import")
-    again, once = Save(tmp_path / "import"), Save(from_hf(base, tmp_path / "once"))
+    assert from_hf(out, tmp_path / "import", logits=False)
+    again, once = Save(tmp_path / "import"), Save(from_hf(base, tmp_path / "once", logits=False))
     for weight in mapping.weights(MODEL):
         assert torch.equal(again.read(weight.key, weight.layer), once.read(weight.key, weight.layer))
 
 
 def test_an_import_in_several_files_is_one_base(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(torch_dist.write.__kwdefaults__, "max_file_bytes", 4096)
-    out = from_hf(base, tmp_path / "import")
+    out = from_hf(base, tmp_path / "import", logits=False)
     assert len(list(out.glob("*.distcp"))) > 2
     link = lineage.read(out)
     assert link.weights_sha256 == rundir.sha256_folder(out, "*.distcp")
@@ -255,7 +256,7 @@ def test_a_bit_that_the_disk_turns_is_found(
 
     def convert(verify: bool) -> None:
         if way == "in":
-            from_hf(made / "base", tmp_path / "import", verify=verify)
+            from_hf(made / "base", tmp_path / "import", verify=verify, logits=False)
         else:
             to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=verify, logits=False)
 
@@ -320,7 +321,7 @@ def test_a_second_call_changes_nothing(made: Path, words: Path, tmp_path: Path) 
     to_hf(made / "import", tmp_path / "out", words, verify=False)
     assert (snapshot(tmp_path), (tmp_path / "out/DONE").stat().st_mtime_ns) == before
     before_made = snapshot(made)
-    from_hf(made / "base", made / "import")
+    from_hf(made / "base", made / "import", logits=False)
     random_base(RandomBaseConfig(model=MODEL, tokenizer=words, output=made / "base"))
     assert snapshot(made) == before_made
 
@@ -328,12 +329,12 @@ def test_a_second_call_changes_nothing(made: Path, words: Path, tmp_path: Path) 
 def test_an_output_made_from_something_else_is_kept_unless_overwritten(made: Path, words: Path, tmp_path: Path) -> None:
     other = RandomBaseConfig(model=MODEL, tokenizer=words, output=tmp_path / "base", seed=1)
     random_base(other)
-    from_hf(tmp_path / "base", tmp_path / "import")
+    from_hf(tmp_path / "base", tmp_path / "import", logits=False)
     to_hf(tmp_path / "import", tmp_path / "out", words, verify=False)
     before = snapshot(tmp_path)
     refused = [
         lambda: random_base(replace(other, seed=2)),
-        lambda: from_hf(made / "base", tmp_path / "import"),
+        lambda: from_hf(made / "base", tmp_path / "import", logits=False),
         lambda: to_hf(made / "import", tmp_path / "out", words, verify=False),
         lambda: to_hf(tmp_path / "import", tmp_path / "out", words, verify=False, dtype="fp32"),
     ]
@@ -341,7 +342,7 @@ def test_an_output_made_from_something_else_is_kept_unless_overwritten(made: Pat
         with pytest.raises(BadInput, match=r"other|not float32"):
             call()
     assert snapshot(tmp_path) == before
-    from_hf(made / "base", tmp_path / "import", overwrite=True)
+    from_hf(made / "base", tmp_path / "import", overwrite=True, logits=False)
     assert lineage.read(tmp_path / "import").parent == lineage.read(made / "base")
 
 
@@ -353,10 +354,10 @@ def test_a_folder_with_other_things_in_it_is_never_replaced(
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     before = snapshot(tmp_path)
     for call in (
-        lambda: from_hf(made / "base", tmp_path / "mine", overwrite=overwrite),
+        lambda: from_hf(made / "base", tmp_path / "mine", overwrite=overwrite, logits=False),
         lambda: to_hf(made / "import", tmp_path / "mine", words, overwrite=overwrite),
         lambda: to_hf(made / "import", made / "import", words, overwrite=overwrite),
-        lambda: from_hf(made / "base", made / "base", overwrite=overwrite),
+        lambda: from_hf(made / "base", made / "base", overwrite=overwrite, logits=False),
     ):
         with pytest.raises(BadInput, match="holds something else"):
             call()
@@ -379,7 +380,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(base: Path, tmp_path: 
     for told, tensors in spoilt.items():
         save_file(tensors, base / "model.safetensors")
         with pytest.raises(BadInput) as refused:
-            from_hf(base, tmp_path / "import")
+            from_hf(base, tmp_path / "import", logits=False)
         assert told in str(refused.value)
     assert not (tmp_path / "import").exists()
 
@@ -388,13 +389,13 @@ def test_tensors_that_follow_from_others_are_passed_over(base: Path, tmp_path: P
     whole = load_file(base / "model.safetensors")
     whole["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     save_file(whole, base / "model.safetensors")
-    assert rundir.is_done(from_hf(base, tmp_path / "import"))
+    assert rundir.is_done(from_hf(base, tmp_path / "import", logits=False))
 
 
 def test_a_folder_without_safetensors_is_refused(base: Path, tmp_path: Path) -> None:
     (base / "model.safetensors").unlink()
     with pytest.raises(BadInput, match=r"no \*\.safetensors"):
-        from_hf(base, tmp_path / "import")
+        from_hf(base, tmp_path / "import", logits=False)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(words: Path, tmp_path: Path) -> None:
@@ -415,7 +416,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
 
     def convert() -> None:
         if way == "in":
-            from_hf(made / "base", tmp_path / "import")
+            from_hf(made / "base", tmp_path / "import", logits=False)
         else:
             to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=False)
 
@@ -481,7 +482,7 @@ def test_what_a_killed_import_of_other_weights_left_is_not_used(
     with monkeypatch.context() as patch:
         patch.setattr(lineage, "write", kill)
         with pytest.raises(KeyboardInterrupt):
-            from_hf(base, tmp_path / "import")
+            from_hf(base, tmp_path / "import", logits=False)
     assert (tmp_path / ".import.partial/__0_0.distcp").exists()
     others = {name: tensor + 1 for name, tensor in load_folder(base).items()}
     save_file(others, base / "model.safetensors", metadata={"format": "pt"})
@@ -503,7 +504,7 @@ def test_a_weight_file_that_is_missing_or_cut_off_is_refused(base: Path, tmp_pat
     else:
         victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(BadInput, match=f"{victim.name} cannot be read"):
-        from_hf(sharded, tmp_path / "import")
+        from_hf(sharded, tmp_path / "import", logits=False)
     assert not list(tmp_path.glob("*import*"))
 
 
@@ -539,6 +540,26 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_refused_and_the_code_not_run(
     with pytest.raises(BadInput, match="cannot be loaded"):
         to_hf(made / "import", tmp_path / "out", tokenizer, verify=False)
     assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("*out*"))
+
+
+def test_a_torn_tokenizer_is_refused_as_such(made: Path, words: Path, tmp_path: Path) -> None:
+    tokenizer = Path(shutil.copytree(words, tmp_path / "words"))
+    (tokenizer / "tokenizer.json").write_text((words / "tokenizer.json").read_text()[:-9])
+    with pytest.raises(BadInput, match="cannot be loaded") as refused:
+        to_hf(made / "import", tmp_path / "out", tokenizer, verify=False)
+    assert refused.value.fix.startswith("give all files of a tokenizer, whole")
+
+
+def test_a_logit_that_is_no_number_fails_whichever_comes_after_it(
+    made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.rand(16, 64, 32)
+    wrong = logits.clone()
+    wrong[3, 5, 7] = float("nan")
+    monkeypatch.setattr(verify_module, "_hf_logits", lambda *arguments: logits)
+    monkeypatch.setattr(verify_module, "_megatron_logits", lambda *arguments, streamed: wrong)
+    with pytest.raises(VerificationError, match="logits differ by up to nan"):
+        to_hf(made / "import", tmp_path / "out", words)
 
 
 def test_a_run_folder_stands_for_its_last_whole_save(made: Path, tmp_path: Path) -> None:

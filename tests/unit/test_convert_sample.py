@@ -39,7 +39,7 @@ def test_a_text_is_repeated_to_the_number_of_positions(folder: Path, text: Path)
     assert told == "tokens of text.txt"
 
 
-@pytest.mark.parametrize("wrong", ["empty text", "unknown words", "small model", "no tokenizer"])
+@pytest.mark.parametrize("wrong", ["empty text", "unknown words", "small model", "no tokenizer", "torn tokenizer"])
 def test_where_no_text_can_be_made_the_tokens_are_random_and_told(folder: Path, text: Path, wrong: str) -> None:
     vocab_size = 18 if wrong == "small model" else 19
     if wrong == "empty text":
@@ -48,9 +48,11 @@ def test_where_no_text_can_be_made_the_tokens_are_random_and_told(folder: Path, 
         text.write_text(sample.TEXT.read_text())
     if wrong == "no tokenizer":
         (folder / "tokenizer.json").unlink()
+    if wrong == "torn tokenizer":
+        (folder / "tokenizer.json").write_text("{")
     ids, told = sample.tokens(folder, text, vocab_size=vocab_size, rows=4, length=250)
-    why = "is missing" if wrong == "no tokenizer" else "makes too little of text.txt"
-    assert told == f"random tokens, since the tokenizer {why}"
+    why = {"no tokenizer": "is missing", "torn tokenizer": "cannot be loaded"}
+    assert told == f"random tokens, since the tokenizer {why.get(wrong, 'makes too little of text.txt')}"
     assert ids.shape == (4, 250) and set(ids.flatten().tolist()) == set(range(vocab_size))
     assert torch.equal(ids, sample.tokens(folder, text, vocab_size=vocab_size, rows=4, length=250)[0])
 

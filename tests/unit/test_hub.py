@@ -334,7 +334,8 @@ def from_hf(models, monkeypatch, capfd, tmp_path):
     capfd.readouterr()
 
     def run(name: str, *args: str) -> tuple[int, str, str]:
-        return app.main(["convert", "from-hf", name, str(tmp_path / "import"), *args]), *capfd.readouterr()
+        argv = ["convert", "from-hf", name, str(tmp_path / "import"), "--skip-logits", *args]
+        return app.main(argv), *capfd.readouterr()
 
     return run
 
