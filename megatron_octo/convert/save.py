@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from megatron_octo.convert.hf_folder import read_model_config
 from megatron_octo.convert.torch_dist import FORMAT_FILE, WEIGHT_FILES, Reader
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
-from megatron_octo.model.weights import MODEL_FILE
+from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,10 @@ LATEST = "latest_checkpointed_iteration.txt"
 """Of Megatron-LM, beside its iter_XXXXXXX folders."""
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors that have a row for each id; Megatron-LM pads them."""
+MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+"""Starts of the keys of a model's tensors; all others are the optimizer's."""
+SHOWN = 5
+"""Keys in a message, of many."""
 MOST_PADDING = 128 * 64
 """Rows of it: Megatron-LM rounds up to a multiple of 128 x tensor-parallel ranks."""
 
@@ -88,13 +93,15 @@ class Save:
         self.model = read_model_config(config) if config else read_settings(ModelConfig, folder / MODEL_FILE)
         self._reader = Reader(folder)
         self._keys = set(self._reader.keys())
-        for weight in mapping.weights(self.model):
+        weights = list(mapping.weights(self.model))
+        for weight in weights:
             self._check(weight)
+        self._check_no_more(weights)
 
     def read(self, key: str, layer: int | None = None) -> torch.Tensor:
         """Megatron's tensor `key`, of layer `layer` where it is one of the layers'."""
-        per_layer = _per_layer(key, layer)
-        tensor = self._reader.read(per_layer) if per_layer in self._keys else self._reader.read(key, layer)
+        alone = per_layer(key, layer)
+        tensor = self._reader.read(alone) if alone in self._keys else self._reader.read(key, layer)
         return tensor[: self.model.vocab_size] if key in VOCABULARY else tensor
 
     def lineage(self) -> lineage.Lineage:
@@ -111,19 +118,32 @@ class Save:
         )
 
     def _check(self, weight: mapping.Weight) -> None:
-        per_layer = _per_layer(weight.key, weight.layer)
+        alone = per_layer(weight.key, weight.layer)
         key, shape = weight.key, mapping.stacked_shape(weight, self.model)
-        if per_layer in self._keys:
-            key, shape = per_layer, weight.shape
+        if alone in self._keys:
+            key, shape = alone, weight.shape
         found = self._reader.shape(key)
         padding = found[0] - shape[0] if self._config and key in VOCABULARY and found[1:] == shape[1:] else 0
         if found != shape and not 0 < padding < MOST_PADDING:
             raise BadInput(
                 f"{self.folder}: {key} is {found}, the model of {self._config or MODEL_FILE} has {shape}",
-                fix="give --config of this model" if self._config else "do not edit a save's files; take another save",
+                fix=self._fix(),
             )
 
+    def _check_no_more(self, weights: Sequence[mapping.Weight]) -> None:
+        known = {key for each in weights for key in (each.key, per_layer(each.key, each.layer))}
+        more = sorted(key for key in self._keys - known if key.startswith(MODEL_KEYS) and EXTRA_STATE not in key)
+        if more:
+            raise BadInput(
+                f"{self.folder} holds {len(more)} tensors that the model of {self._config or MODEL_FILE} has not: "
+                f"{', '.join(more[:SHOWN])}",
+                fix=self._fix(),
+            )
 
-def _per_layer(key: str, layer: int | None) -> str:
+    def _fix(self) -> str:
+        return "give --config of this model" if self._config else "do not edit a save's files; take another save"
+
+
+def per_layer(key: str, layer: int | None) -> str:
     """The key that megatron gives a layer's tensor when it does not stack the layers."""
     return key if layer is None else key.replace(mapping.LAYERS, f"{mapping.LAYERS}{layer}.", 1)

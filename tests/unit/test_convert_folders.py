@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
 from megatron_octo.convert.safetensors_file import Named
-from megatron_octo.convert.save import MOST_PADDING, Save, find_save
+from megatron_octo.convert.save import MOST_PADDING, Save, find_save, per_layer
 from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model import mapping
@@ -576,41 +578,71 @@ def test_a_save_with_a_changed_byte_in_any_file_is_passed_over_with_a_warning_an
         find_save(tmp_path)
 
 
-def plain(folder: Path, num_rows: int) -> Path:
-    """A checkpoint as Megatron-LM leaves it: no model.json, and a vocabulary of `num_rows`."""
+def plain(folder: Path, model: ModelConfig, *, stacked: bool = True) -> Path:
+    """A checkpoint as Megatron-LM leaves it: no model.json; each layer may have keys of its own."""
 
     def piece(weight: mapping.Weight) -> torch_dist.Piece:
-        whole = mapping.stacked_shape(weight, replace(MODEL, vocab_size=num_rows))
-        shape = whole if weight.layer is None else (1, *whole[1:])
-        offset = (weight.layer or 0, *[0] * (len(whole) - 1))
+        inside = stacked and weight.layer is not None
+        whole = mapping.stacked_shape(weight, model) if inside else weight.shape
+        shape = (1, *weight.shape) if inside else weight.shape
         generator = torch.Generator().manual_seed(1)
         return torch_dist.Piece(
-            key=weight.key,
+            key=weight.key if stacked else per_layer(weight.key, weight.layer),
             global_shape=whole,
-            offset=offset,
+            offset=(weight.layer or 0 if inside else 0, *[0] * (len(whole) - 1)),
             shape=shape,
             dtype=torch.float32,
             make=lambda: torch.randn(shape, generator=generator),
         )
 
     folder.mkdir(parents=True)
-    torch_dist.write(folder, list(map(piece, mapping.weights(replace(MODEL, vocab_size=num_rows)))))
+    torch_dist.write(folder, list(map(piece, mapping.weights(model))))
     return folder
 
 
 def test_padding_of_a_plain_checkpoints_vocabulary_is_left_out(made: Path, words: Path, tmp_path: Path) -> None:
-    save = plain(tmp_path / "run/iter_0000007", 128)
+    save = plain(tmp_path / "run/iter_0000007", replace(MODEL, vocab_size=128))
     out = to_hf(save, tmp_path / "out", words, dtype="fp32", config=made / "base", verify=False)
     tensors = load_file(out / "model.safetensors")
     padded = torch_dist.Reader(save).read("output_layer.weight")
     assert tensors["lm_head.weight"].shape == (32, 16) and torch.equal(tensors["lm_head.weight"], padded[:32])
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"tied_embeddings": False}, "output_layer.weight"),
+        ({"qkv_bias": True}, "linear_qkv.bias"),
+        ({"qk_norm": True}, "k_layernorm.weight"),
+        ({"num_layers": 3}, "decoder.layers"),
+    ],
+)
+def test_a_plain_checkpoint_with_weights_that_the_config_has_not_is_refused(
+    words: Path, tmp_path: Path, more: dict[str, Any], told: str, stacked: bool
+) -> None:
+    model = replace(MODEL, tied_embeddings=True)
+    random_base(RandomBaseConfig(model=model, tokenizer=words, output=tmp_path / "base"))
+    assert Save(plain(tmp_path / "same", model, stacked=stacked), tmp_path / "base")
+    with pytest.raises(BadInput, match=rf"{told}.*\n  fix: give --config of this model"):
+        Save(plain(tmp_path / "more", replace(model, **more), stacked=stacked), tmp_path / "base")
+
+
+def test_an_optimizers_tensors_and_layers_own_records_are_passed_over(made: Path, tmp_path: Path) -> None:
+    save = Path(shutil.copytree(made / "import", tmp_path / "import"))
+    index = pickle.loads((save / ".metadata").read_bytes())
+    norm = index.state_dict_metadata["decoder.final_layernorm.weight"]
+    for key in ("optimizer.state.exp_avg.output_layer.weight", "decoder.layers.mlp.linear_fc1._extra_state"):
+        index.state_dict_metadata[key] = norm
+    (save / ".metadata").write_bytes(pickle.dumps(index))
+    assert Save(save).model == MODEL
+
+
 def test_a_plain_checkpoint_needs_settings_that_fit(made: Path, tmp_path: Path) -> None:
-    small = plain(tmp_path / "run/iter_0000007", 16)
+    small = plain(tmp_path / "run/iter_0000007", replace(MODEL, vocab_size=16))
     with pytest.raises(BadInput, match=r"word_embeddings.weight is \(16, 16\), the model of .*base has \(32, 16\)"):
         Save(small, made / "base")
-    large = plain(tmp_path / "other/iter_0000007", 32 + MOST_PADDING)
+    large = plain(tmp_path / "other/iter_0000007", replace(MODEL, vocab_size=32 + MOST_PADDING))
     with pytest.raises(BadInput, match=r"word_embeddings.weight is \(8224, 16\), the model of .*base has \(32, 16\)"):
         Save(large, made / "base")
     with pytest.raises(BadInput, match="settings are a pickle") as caught:
