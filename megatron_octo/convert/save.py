@@ -27,8 +27,8 @@ MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """Starts of the keys of a model's tensors; all others are the optimizer's."""
 SHOWN = 5
 """Keys in a message, of many."""
-MOST_PADDING = 128 * 64
-"""Rows of it: Megatron-LM rounds up to a multiple of 128 x tensor-parallel ranks."""
+ROWS_A_RANK = 128
+"""Megatron-LM rounds a vocabulary up to a multiple of this for each tensor-parallel rank; ranks divide the heads."""
 
 
 def find_save(path: Path) -> Path:
@@ -93,6 +93,8 @@ class Save:
         self.model = read_model_config(config) if config else read_settings(ModelConfig, folder / MODEL_FILE)
         self._reader = Reader(folder)
         self._keys = set(self._reader.keys())
+        self.vocab_rows = self.model.vocab_size
+        """Rows of the vocabulary in the files, padding included."""
         weights = list(mapping.weights(self.model))
         for weight in weights:
             self._check(weight)
@@ -123,12 +125,18 @@ class Save:
         if alone in self._keys:
             key, shape = alone, weight.shape
         found = self._reader.shape(key)
-        padding = found[0] - shape[0] if self._config and key in VOCABULARY and found[1:] == shape[1:] else 0
-        if found != shape and not 0 < padding < MOST_PADDING:
+        if key in VOCABULARY and found[1:] == shape[1:] and self._is_padded(found[0]):
+            self.vocab_rows = found[0]
+        elif found != shape:
             raise BadInput(
                 f"{self.folder}: {key} is {found}, the model of {self._config or MODEL_FILE} has {shape}",
                 fix=self._fix(),
             )
+
+    def _is_padded(self, rows: int) -> bool:
+        size, heads = self.model.vocab_size, self.model.num_heads
+        multiples = (ROWS_A_RANK * ranks for ranks in range(1, heads + 1) if heads % ranks == 0)
+        return self._config is not None and rows in {-(-size // each) * each for each in multiples}
 
     def _check_no_more(self, weights: Sequence[mapping.Weight]) -> None:
         known = {key for each in weights for key in (each.key, per_layer(each.key, each.layer))}

@@ -59,6 +59,9 @@ def to_hf(
         _check_same(output, done, parent, dtype)
         log.info("%s is there already, made from %s", output, save)
         return output
+    if source.vocab_rows != source.model.vocab_size:
+        told = "%s has %s rows of a vocabulary of %s: the rest is padding, and left out"
+        log.info(told, save, f"{source.vocab_rows:,}", f"{source.model.vocab_size:,}")
     words = hf_folder.read_tokenizer(tokenizer, source.model)
     check_room(output, hf_folder.num_bytes(source.model, dtype))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import shutil
 from collections import namedtuple
@@ -25,7 +26,7 @@ from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
 from megatron_octo.convert.safetensors_file import Named
-from megatron_octo.convert.save import MOST_PADDING, Save, find_save, per_layer
+from megatron_octo.convert.save import Save, find_save, per_layer
 from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model import mapping
@@ -600,12 +601,47 @@ def plain(folder: Path, model: ModelConfig, *, stacked: bool = True) -> Path:
     return folder
 
 
-def test_padding_of_a_plain_checkpoints_vocabulary_is_left_out(made: Path, words: Path, tmp_path: Path) -> None:
+def test_padding_of_a_plain_checkpoints_vocabulary_is_left_out(
+    made: Path, words: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     save = plain(tmp_path / "run/iter_0000007", replace(MODEL, vocab_size=128))
-    out = to_hf(save, tmp_path / "out", words, dtype="fp32", config=made / "base", verify=False)
+    out = to_hf(save, tmp_path / "out", words, dtype="fp32", config=made / "base", logits=False)
+    told = rundir.read_json(out / "verify.json")
+    assert (told["vocab_size"], told["vocab_rows"]) == (32, 128)
+    assert f"{save} has 128 rows of a vocabulary of 32" in caplog.text
     tensors = load_file(out / "model.safetensors")
     padded = torch_dist.Reader(save).read("output_layer.weight")
     assert tensors["lm_head.weight"].shape == (32, 16) and torch.equal(tensors["lm_head.weight"], padded[:32])
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "rows", "fits"),
+    [
+        (4, 262, 384, True),
+        (4, 262, 512, True),
+        (4, 262, 320, False),
+        (4, 262, 640, False),
+        (9, 262, 384, True),
+        (9, 384, 1152, True),
+        (4, 384, 1152, False),
+        (4, 384, 256, False),
+        (32, 128_000, 128_256, False),
+        (32, 151_669, 151_936, False),
+        (32, 151_669, 152_064, True),
+    ],
+)
+def test_as_many_rows_are_padding_as_a_number_of_tensor_parallel_ranks_makes(
+    tmp_path: Path, heads: int, size: int, rows: int, fits: bool
+) -> None:
+    small = replace(MODEL, hidden_size=heads, num_layers=1, num_heads=heads, num_kv_heads=1, head_dim=1, ffn_size=1)
+    rundir.write_json(tmp_path / "config.json", mapping.hf_config(replace(small, vocab_size=size), dtype="float32"))
+    save = plain(tmp_path / "save", replace(small, vocab_size=rows))
+    if fits:
+        assert Save(save, tmp_path).vocab_rows == rows
+    else:
+        with pytest.raises(BadInput, match=r"word_embeddings.weight is"):
+            Save(save, tmp_path)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -642,9 +678,6 @@ def test_a_plain_checkpoint_needs_settings_that_fit(made: Path, tmp_path: Path) 
     small = plain(tmp_path / "run/iter_0000007", replace(MODEL, vocab_size=16))
     with pytest.raises(BadInput, match=r"word_embeddings.weight is \(16, 16\), the model of .*base has \(32, 16\)"):
         Save(small, made / "base")
-    large = plain(tmp_path / "other/iter_0000007", replace(MODEL, vocab_size=32 + MOST_PADDING))
-    with pytest.raises(BadInput, match=r"word_embeddings.weight is \(8224, 16\), the model of .*base has \(32, 16\)"):
-        Save(large, made / "base")
     with pytest.raises(BadInput, match="settings are a pickle") as caught:
         Save(small)
     assert "--config FOLDER" in caught.value.fix
