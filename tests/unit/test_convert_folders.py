@@ -124,18 +124,46 @@ def test_a_licence_beside_the_tokenizer_is_copied(made: Path, words: Path, tmp_p
     assert not (out / "NOTICE").exists()
 
 
+def test_the_licence_of_a_base_goes_with_its_import_into_an_export(base: Path, words: Path, tmp_path: Path) -> None:
+    (base / "LICENSES").mkdir()
+    for name in ("LICENSE.txt", "USE_POLICY.md"):
+        (base / name).write_text(f"of the base: {name}")
+    out = to_hf(from_hf(base, tmp_path / "import"), tmp_path / "out", words, verify=False)
+    for name in ("LICENSE.txt", "USE_POLICY.md"):
+        assert (out / name).read_text() == f"of the base: {name}"
+
+
 @pytest.mark.parametrize(
     ("name", "vocab_size", "factor", "version"),
     [
         ("Llama-3.2-3B", 32, None, "3.2"),
         ("Meta-Llama-3.1-8B", 32, None, "3.1"),
+        ("Meta-Llama-3-8B", 128_256, None, "3"),
+        ("Llama-2-7b-hf", 32_000, None, "2"),
+        ("llama32-1b", 128_256, 32.0, "3.2"),
+        ("llama32-1b", 32, None, "3.2"),
+        ("llama32-3b", 128_256, 32.0, "3.2"),
+        ("llama31-8b", 128_256, 8.0, "3.1"),
+        ("Llama-3_1-8B", 128_256, 8.0, "3.1"),
+        ("Llama-3_1-8B", 32, None, "3.1"),
+        ("Llama-3-8B-longer", 128_256, 8.0, "3.1"),
+        ("Llama-3.3-70B-Instruct", 128_256, 8.0, "3.3"),
+        ("DeepSeek-R1-Distill-Llama-8B", 128_256, 8.0, "3.1"),
+        ("my-llama-8b-ft", 128_256, 8.0, "3.1"),
+        ("llama-1b-proxy", 32, 32.0, "3.2"),
+        ("llama-1b-proxy", 32, None, None),
+        ("TinyLlama_v1.1", 32_000, None, None),
+        ("open_llama_3b", 32_000, None, None),
+        ("llama-30b", 32_000, None, None),
         ("base", 128_256, 8.0, "3.1"),
+        ("base", 128_264, 8.0, "3.1"),
         ("base", 128_256, 32.0, "3.2"),
         ("base", 128_256, None, "3"),
+        ("base", 131_072, None, None),
         ("base", 32, 32.0, None),
     ],
 )
-def test_a_llama_is_known_by_its_name_or_its_vocabulary(
+def test_a_llama_is_known_by_its_rotary_scaling_its_vocabulary_or_its_name(
     name: str, vocab_size: int, factor: float | None, version: str | None
 ) -> None:
     link = lineage.Lineage(name=name, kind="base", weights_sha256="")
