@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 STEPS = "checkpoints/step_*"
 LATEST = "latest_checkpointed_iteration.txt"
 """Of Megatron-LM, beside its iter_XXXXXXX folders."""
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCABULARY = (mapping.EMBEDDING.key, mapping.OUTPUT.key)
 """Tensors that have a row for each id; Megatron-LM pads them."""
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """Starts of the keys of a model's tensors; all others are the optimizer's."""

@@ -422,6 +422,22 @@ def test_tensors_that_follow_from_others_are_passed_over(base: Path, tmp_path: P
     assert rundir.is_done(from_hf(base, tmp_path / "import"))
 
 
+def test_the_output_layer_of_a_tied_model_is_the_embedding_or_the_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    rundir.write_json(base / "config.json", {**rundir.read_json(base / "config.json"), "tie_word_embeddings": True})
+    whole = load_file(base / "model.safetensors")
+    embedding = whole["model.embed_tokens.weight"]
+    embedding[3, 3] = torch.nan
+    turned = embedding.clone()
+    turned[5, 5] *= -1
+    for head in (turned, embedding.bfloat16(), embedding[:16].clone()):
+        save_file({**whole, "lm_head.weight": head}, base / "model.safetensors")
+        with pytest.raises(BadInput, match=r"lm_head.weight differs from model.embed_tokens.weight") as refused:
+            from_hf(base, tmp_path / "import")
+        assert "tie_word_embeddings to false" in refused.value.fix
+    save_file({**whole, "lm_head.weight": embedding.clone()}, base / "model.safetensors")
+    assert rundir.is_done(from_hf(base, tmp_path / "import"))
+
+
 def test_a_folder_without_safetensors_is_refused(base: Path, tmp_path: Path) -> None:
     (base / "model.safetensors").unlink()
     with pytest.raises(BadInput, match=r"no \*\.safetensors"):
