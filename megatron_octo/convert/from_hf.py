@@ -73,6 +73,7 @@ def from_hf(
     with continued(output, plan) as folder, pool:
         digest = torch_dist.write(folder, pieces, check=check)
         rundir.write_json(folder / MODEL_FILE, to_dict(model))
+        hf_folder.copy_licence(hf, folder)
         sums = {name: hashed(hf / name).result() for name in files}
         parent = _parent(hf, name, rundir.sha256_files(sums))
         lineage.write(folder, lineage.Lineage(name=parent.name, kind="import", weights_sha256=digest, parent=parent))

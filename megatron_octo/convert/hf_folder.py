@@ -43,6 +43,8 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE,
 )
 
+LICENCE_FILES = ("LICENSE*", "USE_POLICY*")
+
 PLAIN_TEMPLATE = """\
 {{- bos_token }}
 {%- set names = {"user": "User", "assistant": "Assistant", "system": "System"} %}
@@ -115,15 +117,16 @@ class Weights:
         return tensor
 
     def check(self, model: ModelConfig) -> None:
-        """Compare names and shapes with those that `model` has.
+        """Compare names and shapes with those that `model` has, and a tied output layer with the embedding.
 
         Raises:
-            BadInput: one is missing, one too many, or of another shape.
+            BadInput: one is missing, one too many, or of another shape; or the output layer is not the embedding.
         """
+        (embedding, _), (output, _) = mapping.EMBEDDING.parts[0], mapping.OUTPUT.parts[0]
         wanted = mapping.hf_shapes(model)
         # older exports hold the rotary frequencies, and the tied output layer, though both follow from the rest
         extra = {n for n in self.shapes.keys() - wanted.keys() if not n.endswith(".rotary_emb.inv_freq")}
-        extra -= {"lm_head.weight"} if model.tied_embeddings else set()
+        extra -= {output} if model.tied_embeddings else set()
         wrong = [
             f"{name} is {self.shapes[name]}, the model has {shape}"
             for name, shape in wanted.items()
@@ -137,6 +140,18 @@ class Weights:
                 f"{self.folder}: {len(wrong)} tensors do not fit its {CONFIG}:\n{shown}",
                 fix="give the folder's own config.json and all of its weight files",
             )
+        if model.tied_embeddings and output in self.shapes and not self._are_same(embedding, output):
+            raise BadInput(
+                f"{self.folder}: {CONFIG} ties the output layer, but {output} differs from {embedding}",
+                fix=f"set tie_word_embeddings to false in {CONFIG}, or take {output} out of the weights",
+            )
+
+    def _are_same(self, first: str, second: str) -> bool:
+        import torch
+
+        if (self.shapes[first], self._dtypes[first]) != (self.shapes[second], self._dtypes[second]):
+            return False
+        return torch.equal(*(self.read(name).view(torch.uint8) for name in (first, second)))  # NaN is NaN
 
 
 def write_weights(
@@ -252,6 +267,13 @@ def write_settings(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype
     stated = {f"{name}_token_id": value for name, value in ids.items() if value is not None}
     write_json(folder / GENERATION, stated)
     tokenizer.copy_to(folder)
+
+
+def copy_licence(source: Path, target: Path) -> None:
+    """Copy the terms of a model: LICENSE and what belongs to it."""
+    for path in (path for pattern in LICENCE_FILES for path in source.glob(pattern)):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
 
 
 def write_plain_template(folder: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_octo.config.data import HubSource
-from megatron_octo.convert.hf_folder import CONFIG, TOKENIZER_FILES
+from megatron_octo.convert.hf_folder import CONFIG, LICENCE_FILES, TOKENIZER_FILES
 from megatron_octo.data.hub import MODEL, explained
 from megatron_octo.errors import BadInput
 
-FILES = ("*.safetensors", "*.json", *(name for name in TOKENIZER_FILES if not name.endswith(".json")), "LICENSE*")
+FILES = ("*.safetensors", "*.json", *(name for name in TOKENIZER_FILES if not name.endswith(".json")), *LICENCE_FILES)
 """Weights without code, settings, tokenizer, licence; no pickles, and no subfolder's second copy of the weights."""
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_octo.budget import ledger
+from megatron_octo.convert.hf_folder import copy_licence
 from megatron_octo.convert.verify import REPORT
 from megatron_octo.model.mapping import LLAMA, family_of
 from megatron_octo.rundir import write_atomic
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 LICENCE, NOTICE = "LICENSE", "NOTICE"
-LICENCE_FILES = ("LICENSE*", "USE_POLICY*")
-LLAMA3_IDS = 128_256
-"""Rows of the embedding of Llama 3 and what follows it."""
-BY_FACTOR = {8.0: "3.1", 32.0: "3.2"}
-"""Version of a Llama 3 by the factor of its rotary scaling."""
+LLAMA3_ROWS = range(128_256, 131_072)
+"""Rows of the embedding of Llama 3 and what follows it, where some were added too; from 131,072 on it is another's."""
+BY_FACTOR = {8.0: ("3.1", "3.3"), 32.0: ("3.2",)}
+"""Versions of Llama by the factor of their rotary scaling; the first one where the name tells none of them."""
+NAMED = re.compile(r"llama-?(?:(2)|(3)(?:[._-]?([123]))?)(?![\db])")
+"""A version in a name, which is no number of parameters."""
 
 
 def write(folder: Path, link: Lineage, model: ModelConfig, *, save: Path, base: Path, dtype: str) -> None:
-    """Write the files into `folder`, the export of `save`; `base` may hold the licence to copy."""
+    """Write the files into `folder`, the export of `save`; it and `base` may hold the licence to copy."""
     version = llama_version(link, model)
-    for path in (path for pattern in LICENCE_FILES for path in base.glob(pattern)):
-        shutil.copyfile(path, folder / path.name)
+    for each in (base, save):
+        copy_licence(each, folder)
     if version is not None:
         terms = f"Llama {version} Community License"
         page = f"https://www.llama.com/llama{version.replace('.', '_')}/license/"
@@ -49,11 +50,15 @@ def write(folder: Path, link: Lineage, model: ModelConfig, *, save: Path, base: 
 def llama_version(link: Lineage, model: ModelConfig) -> str | None:
     """`3.2` where the model descends from Meta's Llama 3.2, and so on; None where from no Llama."""
     base = link.chain()[0].name.lower()
-    is_llama3 = family_of(model) is LLAMA and model.vocab_size == LLAMA3_IDS
+    is_llama3 = family_of(model) is LLAMA and model.vocab_size in LLAMA3_ROWS
     if "llama" not in base and not is_llama3:
         return None
-    named = re.search(r"llama-?(\d(?:\.\d)?)", base)
-    return named[1] if named else BY_FACTOR.get(model.rope_factor or 0.0, "3")
+    found = NAMED.search(base)
+    named = ".".join(filter(None, found.groups())) if found else None
+    possible = BY_FACTOR.get(model.rope_factor or 0.0)
+    if possible:
+        return named if named in possible else possible[0]
+    return named or ("3" if is_llama3 else None)
 
 
 def name_of(link: Lineage, version: str | None) -> str:

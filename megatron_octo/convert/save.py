@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from megatron_octo.convert.hf_folder import read_model_config
 from megatron_octo.convert.torch_dist import FORMAT_FILE, WEIGHT_FILES, Reader
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
-from megatron_octo.model.weights import MODEL_FILE
+from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 STEPS = "checkpoints/step_*"
 LATEST = "latest_checkpointed_iteration.txt"
 """Of Megatron-LM, beside its iter_XXXXXXX folders."""
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCABULARY = (mapping.EMBEDDING.key, mapping.OUTPUT.key)
 """Tensors that have a row for each id; Megatron-LM pads them."""
-MOST_PADDING = 128 * 64
-"""Rows of it: Megatron-LM rounds up to a multiple of 128 x tensor-parallel ranks."""
+MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+"""Starts of the keys of a model's tensors; all others are the optimizer's."""
+SHOWN = 5
+"""Keys in a message, of many."""
+ROWS_A_RANK = 128
+"""Megatron-LM rounds a vocabulary up to a multiple of this for each tensor-parallel rank; ranks divide the heads."""
 
 
 def find_save(path: Path) -> Path:
@@ -88,13 +93,17 @@ class Save:
         self.model = read_model_config(config) if config else read_settings(ModelConfig, folder / MODEL_FILE)
         self._reader = Reader(folder)
         self._keys = set(self._reader.keys())
-        for weight in mapping.weights(self.model):
+        self.vocab_rows = self.model.vocab_size
+        """Rows of the vocabulary in the files, padding included."""
+        weights = list(mapping.weights(self.model))
+        for weight in weights:
             self._check(weight)
+        self._check_no_more(weights)
 
     def read(self, key: str, layer: int | None = None) -> torch.Tensor:
         """Megatron's tensor `key`, of layer `layer` where it is one of the layers'."""
-        per_layer = _per_layer(key, layer)
-        tensor = self._reader.read(per_layer) if per_layer in self._keys else self._reader.read(key, layer)
+        alone = per_layer(key, layer)
+        tensor = self._reader.read(alone) if alone in self._keys else self._reader.read(key, layer)
         return tensor[: self.model.vocab_size] if key in VOCABULARY else tensor
 
     def lineage(self) -> lineage.Lineage:
@@ -111,19 +120,38 @@ class Save:
         )
 
     def _check(self, weight: mapping.Weight) -> None:
-        per_layer = _per_layer(weight.key, weight.layer)
+        alone = per_layer(weight.key, weight.layer)
         key, shape = weight.key, mapping.stacked_shape(weight, self.model)
-        if per_layer in self._keys:
-            key, shape = per_layer, weight.shape
+        if alone in self._keys:
+            key, shape = alone, weight.shape
         found = self._reader.shape(key)
-        padding = found[0] - shape[0] if self._config and key in VOCABULARY and found[1:] == shape[1:] else 0
-        if found != shape and not 0 < padding < MOST_PADDING:
+        if key in VOCABULARY and found[1:] == shape[1:] and self._is_padded(found[0]):
+            self.vocab_rows = found[0]
+        elif found != shape:
             raise BadInput(
                 f"{self.folder}: {key} is {found}, the model of {self._config or MODEL_FILE} has {shape}",
-                fix="give --config of this model" if self._config else "do not edit a save's files; take another save",
+                fix=self._fix(),
             )
 
+    def _is_padded(self, rows: int) -> bool:
+        size, heads = self.model.vocab_size, self.model.num_heads
+        multiples = (ROWS_A_RANK * ranks for ranks in range(1, heads + 1) if heads % ranks == 0)
+        return self._config is not None and rows in {-(-size // each) * each for each in multiples}
 
-def _per_layer(key: str, layer: int | None) -> str:
+    def _check_no_more(self, weights: Sequence[mapping.Weight]) -> None:
+        known = {key for each in weights for key in (each.key, per_layer(each.key, each.layer))}
+        more = sorted(key for key in self._keys - known if key.startswith(MODEL_KEYS) and EXTRA_STATE not in key)
+        if more:
+            raise BadInput(
+                f"{self.folder} holds {len(more)} tensors that the model of {self._config or MODEL_FILE} has not: "
+                f"{', '.join(more[:SHOWN])}",
+                fix=self._fix(),
+            )
+
+    def _fix(self) -> str:
+        return "give --config of this model" if self._config else "do not edit a save's files; take another save"
+
+
+def per_layer(key: str, layer: int | None) -> str:
     """The key that megatron gives a layer's tensor when it does not stack the layers."""
     return key if layer is None else key.replace(mapping.LAYERS, f"{mapping.LAYERS}{layer}.", 1)

@@ -43,8 +43,8 @@ def to_hf(
     A plain Megatron checkpoint is converted as well; `config` is a Hugging Face folder of a model of its shape.
     `verify` compares all weights, and `logits` runs both models on `text`.
 
-    The tokenizer's folder may hold the licence of the base, to copy. An `output` that was made from the same weights in
-    the same number format is left as it is.
+    The save's and the tokenizer's folder may hold the licence of the base, to copy. An `output` that was made from the
+    same weights in the same number format is left as it is.
 
     Raises:
         BadInput: not a save, no fitting tokenizer, or an `output` made from other weights or in another
@@ -59,6 +59,9 @@ def to_hf(
         _check_same(output, done, parent, dtype)
         log.info("%s is there already, made from %s", output, save)
         return output
+    if source.vocab_rows != source.model.vocab_size:
+        told = "%s has %s rows of a vocabulary of %s: the rest is padding, and left out"
+        log.info(told, save, f"{source.vocab_rows:,}", f"{source.model.vocab_size:,}")
     words = hf_folder.read_tokenizer(tokenizer, source.model)
     check_room(output, hf_folder.num_bytes(source.model, dtype))
 

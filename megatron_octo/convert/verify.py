@@ -46,6 +46,10 @@ class Report:
 
     num_tensors: int
     """Tensors equal bit for bit after a round trip."""
+    vocab_size: int = 0
+    """Rows of the vocabulary that were compared."""
+    vocab_rows: int = 0
+    """Rows of it in the save; those after `vocab_size` are padding of a plain checkpoint, and left out."""
     num_positions: int = 0
     """Positions whose logits were compared, in fp32, with the weights as exported; 0 where that was left out."""
     max_logit_difference: float = 0.0
@@ -83,7 +87,9 @@ def verify(
     """
     told = (into or hf) / REPORT
     try:
-        report = _compare(Save(save, config), hf, text, weights=weights, logits=logits)
+        source = Save(save, config)
+        report = _compare(source, hf, text, weights=weights, logits=logits)
+        report = replace(report, vocab_size=source.model.vocab_size, vocab_rows=source.vocab_rows)
     except VerificationError:
         told.unlink(missing_ok=True)
         raise

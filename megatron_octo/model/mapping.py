@@ -294,8 +294,9 @@ def _write(family: Family, model: ModelConfig) -> dict[str, Any]:
 
 # ---- the families
 
+EMBEDDING = Row(key="embedding.word_embeddings.weight", parts=(("model.embed_tokens.weight", "vh"),))
 LLAMA_ROWS = (
-    Row(key="embedding.word_embeddings.weight", parts=(("model.embed_tokens.weight", "vh"),)),
+    EMBEDDING,
     Row(
         key="decoder.layers.self_attention.linear_qkv.layer_norm_weight",
         parts=(("model.layers.{layer}.input_layernorm.weight", "h"),),

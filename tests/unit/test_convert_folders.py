@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import pickle
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from megatron_octo.convert.from_hf import from_hf
 from megatron_octo.convert.hf_folder import Dtype
 from megatron_octo.convert.random_base import random_base
 from megatron_octo.convert.safetensors_file import Named
-from megatron_octo.convert.save import MOST_PADDING, Save, find_save
+from megatron_octo.convert.save import Save, find_save, per_layer
 from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model import mapping
@@ -122,18 +125,46 @@ def test_a_licence_beside_the_tokenizer_is_copied(made: Path, words: Path, tmp_p
     assert not (out / "NOTICE").exists()
 
 
+def test_the_licence_of_a_base_goes_with_its_import_into_an_export(base: Path, words: Path, tmp_path: Path) -> None:
+    (base / "LICENSES").mkdir()
+    for name in ("LICENSE.txt", "USE_POLICY.md"):
+        (base / name).write_text(f"of the base: {name}")
+    out = to_hf(from_hf(base, tmp_path / "import"), tmp_path / "out", words, verify=False)
+    for name in ("LICENSE.txt", "USE_POLICY.md"):
+        assert (out / name).read_text() == f"of the base: {name}"
+
+
 @pytest.mark.parametrize(
     ("name", "vocab_size", "factor", "version"),
     [
         ("Llama-3.2-3B", 32, None, "3.2"),
         ("Meta-Llama-3.1-8B", 32, None, "3.1"),
+        ("Meta-Llama-3-8B", 128_256, None, "3"),
+        ("Llama-2-7b-hf", 32_000, None, "2"),
+        ("llama32-1b", 128_256, 32.0, "3.2"),
+        ("llama32-1b", 32, None, "3.2"),
+        ("llama32-3b", 128_256, 32.0, "3.2"),
+        ("llama31-8b", 128_256, 8.0, "3.1"),
+        ("Llama-3_1-8B", 128_256, 8.0, "3.1"),
+        ("Llama-3_1-8B", 32, None, "3.1"),
+        ("Llama-3-8B-longer", 128_256, 8.0, "3.1"),
+        ("Llama-3.3-70B-Instruct", 128_256, 8.0, "3.3"),
+        ("DeepSeek-R1-Distill-Llama-8B", 128_256, 8.0, "3.1"),
+        ("my-llama-8b-ft", 128_256, 8.0, "3.1"),
+        ("llama-1b-proxy", 32, 32.0, "3.2"),
+        ("llama-1b-proxy", 32, None, None),
+        ("TinyLlama_v1.1", 32_000, None, None),
+        ("open_llama_3b", 32_000, None, None),
+        ("llama-30b", 32_000, None, None),
         ("base", 128_256, 8.0, "3.1"),
+        ("base", 128_264, 8.0, "3.1"),
         ("base", 128_256, 32.0, "3.2"),
         ("base", 128_256, None, "3"),
+        ("base", 131_072, None, None),
         ("base", 32, 32.0, None),
     ],
 )
-def test_a_llama_is_known_by_its_name_or_its_vocabulary(
+def test_a_llama_is_known_by_its_rotary_scaling_its_vocabulary_or_its_name(
     name: str, vocab_size: int, factor: float | None, version: str | None
 ) -> None:
     link = lineage.Lineage(name=name, kind="base", weights_sha256="")
@@ -392,6 +423,22 @@ def test_tensors_that_follow_from_others_are_passed_over(base: Path, tmp_path: P
     assert rundir.is_done(from_hf(base, tmp_path / "import", logits=False))
 
 
+def test_the_output_layer_of_a_tied_model_is_the_embedding_or_the_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    rundir.write_json(base / "config.json", {**rundir.read_json(base / "config.json"), "tie_word_embeddings": True})
+    whole = load_file(base / "model.safetensors")
+    embedding = whole["model.embed_tokens.weight"]
+    embedding[3, 3] = torch.nan
+    turned = embedding.clone()
+    turned[5, 5] *= -1
+    for head in (turned, embedding.bfloat16(), embedding[:16].clone()):
+        save_file({**whole, "lm_head.weight": head}, base / "model.safetensors")
+        with pytest.raises(BadInput, match=r"lm_head.weight differs from model.embed_tokens.weight") as refused:
+            from_hf(base, tmp_path / "import")
+        assert "tie_word_embeddings to false" in refused.value.fix
+    save_file({**whole, "lm_head.weight": embedding.clone()}, base / "model.safetensors")
+    assert rundir.is_done(from_hf(base, tmp_path / "import"))
+
+
 def test_a_folder_without_safetensors_is_refused(base: Path, tmp_path: Path) -> None:
     (base / "model.safetensors").unlink()
     with pytest.raises(BadInput, match=r"no \*\.safetensors"):
@@ -597,43 +644,105 @@ def test_a_save_with_a_changed_byte_in_any_file_is_passed_over_with_a_warning_an
         find_save(tmp_path)
 
 
-def plain(folder: Path, num_rows: int) -> Path:
-    """A checkpoint as Megatron-LM leaves it: no model.json, and a vocabulary of `num_rows`."""
+def plain(folder: Path, model: ModelConfig, *, stacked: bool = True) -> Path:
+    """A checkpoint as Megatron-LM leaves it: no model.json; each layer may have keys of its own."""
 
     def piece(weight: mapping.Weight) -> torch_dist.Piece:
-        whole = mapping.stacked_shape(weight, replace(MODEL, vocab_size=num_rows))
-        shape = whole if weight.layer is None else (1, *whole[1:])
-        offset = (weight.layer or 0, *[0] * (len(whole) - 1))
+        inside = stacked and weight.layer is not None
+        whole = mapping.stacked_shape(weight, model) if inside else weight.shape
+        shape = (1, *weight.shape) if inside else weight.shape
         generator = torch.Generator().manual_seed(1)
         return torch_dist.Piece(
-            key=weight.key,
+            key=weight.key if stacked else per_layer(weight.key, weight.layer),
             global_shape=whole,
-            offset=offset,
+            offset=(weight.layer or 0 if inside else 0, *[0] * (len(whole) - 1)),
             shape=shape,
             dtype=torch.float32,
             make=lambda: torch.randn(shape, generator=generator),
         )
 
     folder.mkdir(parents=True)
-    torch_dist.write(folder, list(map(piece, mapping.weights(replace(MODEL, vocab_size=num_rows)))))
+    torch_dist.write(folder, list(map(piece, mapping.weights(model))))
     return folder
 
 
-def test_padding_of_a_plain_checkpoints_vocabulary_is_left_out(made: Path, words: Path, tmp_path: Path) -> None:
-    save = plain(tmp_path / "run/iter_0000007", 128)
-    out = to_hf(save, tmp_path / "out", words, dtype="fp32", config=made / "base", verify=False)
+def test_padding_of_a_plain_checkpoints_vocabulary_is_left_out(
+    made: Path, words: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    save = plain(tmp_path / "run/iter_0000007", replace(MODEL, vocab_size=128))
+    out = to_hf(save, tmp_path / "out", words, dtype="fp32", config=made / "base", logits=False)
+    told = rundir.read_json(out / "verify.json")
+    assert (told["vocab_size"], told["vocab_rows"]) == (32, 128)
+    assert f"{save} has 128 rows of a vocabulary of 32" in caplog.text
     tensors = load_file(out / "model.safetensors")
     padded = torch_dist.Reader(save).read("output_layer.weight")
     assert tensors["lm_head.weight"].shape == (32, 16) and torch.equal(tensors["lm_head.weight"], padded[:32])
 
 
+@pytest.mark.parametrize(
+    ("heads", "size", "rows", "fits"),
+    [
+        (4, 262, 384, True),
+        (4, 262, 512, True),
+        (4, 262, 320, False),
+        (4, 262, 640, False),
+        (9, 262, 384, True),
+        (9, 384, 1152, True),
+        (4, 384, 1152, False),
+        (4, 384, 256, False),
+        (32, 128_000, 128_256, False),
+        (32, 151_669, 151_936, False),
+        (32, 151_669, 152_064, True),
+    ],
+)
+def test_as_many_rows_are_padding_as_a_number_of_tensor_parallel_ranks_makes(
+    tmp_path: Path, heads: int, size: int, rows: int, fits: bool
+) -> None:
+    small = replace(MODEL, hidden_size=heads, num_layers=1, num_heads=heads, num_kv_heads=1, head_dim=1, ffn_size=1)
+    rundir.write_json(tmp_path / "config.json", mapping.hf_config(replace(small, vocab_size=size), dtype="float32"))
+    save = plain(tmp_path / "save", replace(small, vocab_size=rows))
+    if fits:
+        assert Save(save, tmp_path).vocab_rows == rows
+    else:
+        with pytest.raises(BadInput, match=r"word_embeddings.weight is"):
+            Save(save, tmp_path)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"tied_embeddings": False}, "output_layer.weight"),
+        ({"qkv_bias": True}, "linear_qkv.bias"),
+        ({"qk_norm": True}, "k_layernorm.weight"),
+        ({"num_layers": 3}, "decoder.layers"),
+    ],
+)
+def test_a_plain_checkpoint_with_weights_that_the_config_has_not_is_refused(
+    words: Path, tmp_path: Path, more: dict[str, Any], told: str, stacked: bool
+) -> None:
+    model = replace(MODEL, tied_embeddings=True)
+    random_base(RandomBaseConfig(model=model, tokenizer=words, output=tmp_path / "base"))
+    assert Save(plain(tmp_path / "same", model, stacked=stacked), tmp_path / "base")
+    with pytest.raises(BadInput, match=rf"{told}.*\n  fix: give --config of this model"):
+        Save(plain(tmp_path / "more", replace(model, **more), stacked=stacked), tmp_path / "base")
+
+
+def test_an_optimizers_tensors_and_layers_own_records_are_passed_over(made: Path, tmp_path: Path) -> None:
+    save = Path(shutil.copytree(made / "import", tmp_path / "import"))
+    index = pickle.loads((save / ".metadata").read_bytes())
+    norm = index.state_dict_metadata["decoder.final_layernorm.weight"]
+    for key in ("optimizer.state.exp_avg.output_layer.weight", "decoder.layers.mlp.linear_fc1._extra_state"):
+        index.state_dict_metadata[key] = norm
+    (save / ".metadata").write_bytes(pickle.dumps(index))
+    assert Save(save).model == MODEL
+
+
 def test_a_plain_checkpoint_needs_settings_that_fit(made: Path, tmp_path: Path) -> None:
-    small = plain(tmp_path / "run/iter_0000007", 16)
+    small = plain(tmp_path / "run/iter_0000007", replace(MODEL, vocab_size=16))
     with pytest.raises(BadInput, match=r"word_embeddings.weight is \(16, 16\), the model of .*base has \(32, 16\)"):
         Save(small, made / "base")
-    large = plain(tmp_path / "other/iter_0000007", 32 + MOST_PADDING)
-    with pytest.raises(BadInput, match=r"word_embeddings.weight is \(8224, 16\), the model of .*base has \(32, 16\)"):
-        Save(large, made / "base")
     with pytest.raises(BadInput, match="settings are a pickle") as caught:
         Save(small)
     assert "--config FOLDER" in caught.value.fix

@@ -271,7 +271,8 @@ def large(fake) -> HubFile:
 @pytest.fixture
 def models(fake, monkeypatch, tmp_path) -> FakeHub:
     """The stand-in with a model; what is downloaded of it goes to a cache of this test."""
-    files = {"config.json": b"{}", "model.safetensors": LARGE, "tokenizer.json": b"{}", "LICENSE": b"terms"}
+    files = {"config.json": b"{}", "model.safetensors": LARGE, "tokenizer.json": b"{}"}
+    files |= {"LICENSE": b"terms", "USE_POLICY.md": b"policy"}
     others = {"pytorch_model.bin": b"a pickle", "modeling_own.py": b"code", "original/model.safetensors": LARGE}
     fake.repositories["owner/model"] = Repository({**files, **others})
     fake.repositories["owner/gated-model"] = Repository(files, gated=True)
@@ -283,7 +284,7 @@ def models(fake, monkeypatch, tmp_path) -> FakeHub:
 def test_of_a_model_the_weights_settings_and_tokenizer_are_downloaded_and_no_code(models):
     folder = folder_of("owner/model", COMMIT)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "USE_POLICY.md"}
     assert (folder / "model.safetensors").read_bytes() == LARGE
 
 
