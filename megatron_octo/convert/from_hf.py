@@ -18,6 +18,7 @@ from megatron_octo.config.base import to_dict
 from megatron_octo.convert import hf_folder, sample, torch_dist
 from megatron_octo.convert.compare import compare_import
 from megatron_octo.convert.output import check_room, continued, finished
+from megatron_octo.convert.verify import check_kept, is_verified
 from megatron_octo.convert.verify import verify as verify_import
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
@@ -41,11 +42,11 @@ def from_hf(
 
     `verify` compares all weights, and `logits` runs both models on `text`.
 
-    An `output` that was made from the same weights is left as it is.
+    An `output` that was made from the same weights is left as it is; a comparison that it lacks is made.
 
     Raises:
         BadInput: a model that training cannot express, weights that do not fit its config, or an
-            `output` made from other weights (`overwrite` replaces it).
+            `output` made from other weights, or damaged since (`overwrite` replaces it).
         VerificationError: what is on the disk is not the model of `hf`; no `output` is left.
     """
     log = console.logger(__name__)
@@ -56,6 +57,9 @@ def from_hf(
     if done is not None:
         if done.parent is None or done.parent.weights_sha256 != rundir.sha256_folder(hf, hf_folder.WEIGHT_FILES):
             raise BadInput(f"{output} was made from other weights than {hf}", fix="give another folder, or --overwrite")
+        check_kept(output, done, torch_dist.WEIGHT_FILES)
+        if verify and not is_verified(output, logits=logits):
+            verify_import(output, hf, logits=logits, text=text, into=output)
         log.info("%s is there already, made from %s", output, hf)
         return output
     weights = {(weight.key, weight.layer or 0): weight for weight in mapping.weights(model)}

@@ -6,6 +6,7 @@ config, tokenizer and lineage, and checks the result before it appears. Run it w
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from megatron_octo.convert.compare import compare_export
 from megatron_octo.convert.output import check_room, continued, finished
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import Save
+from megatron_octo.convert.verify import check_kept, is_verified
 from megatron_octo.convert.verify import verify as verify_export
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
@@ -44,25 +46,40 @@ def to_hf(
     `verify` compares all weights, and `logits` runs both models on `text`.
 
     The save's and the tokenizer's folder may hold the licence of the base, to copy. An `output` that was made from the
-    same weights in the same number format is left as it is.
+    same weights in the same number format, with this tokenizer and template, is left as it is; a comparison that it
+    lacks is made.
 
     Raises:
-        BadInput: not a save, no fitting tokenizer, or an `output` made from other weights or in another
-            number format (`overwrite` replaces it).
+        BadInput: not a save, no fitting tokenizer, or an `output` made from or with something else, or damaged
+            since (`overwrite` replaces it).
         VerificationError: the export is not the save's model; no `output` is left.
     """
     log = console.logger(__name__)
     source = Save(save, config)
     parent = source.lineage()
     done = finished(output, "export", overwrite=overwrite)
+    words = hf_folder.read_tokenizer(tokenizer, source.model)
+
+    def write_settings(folder: Path) -> None:
+        hf_folder.write_settings(folder, source.model, words, dtype)
+        if chat_template == "plain":
+            hf_folder.write_plain_template(folder)
+
+    def write_card(folder: Path, link: lineage.Lineage) -> None:
+        model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
+
     if done is not None:
         _check_same(output, done, parent, dtype)
+        _check_settings(output, write_settings)
+        check_kept(output, done, hf_folder.WEIGHT_FILES)
+        if verify and not is_verified(output, logits=logits):
+            verify_export(save, output, config, logits=logits, text=text)
+            write_card(output, done)
         log.info("%s is there already, made from %s", output, save)
         return output
     if source.vocab_rows != source.model.vocab_size:
         told = "%s has %s rows of a vocabulary of %s: the rest is padding, and left out"
         log.info(told, save, f"{source.vocab_rows:,}", f"{source.model.vocab_size:,}")
-    words = hf_folder.read_tokenizer(tokenizer, source.model)
     check_room(output, hf_folder.num_bytes(source.model, dtype))
 
     def check(written: hf_folder.Weights) -> None:
@@ -72,14 +89,12 @@ def to_hf(
     plan = {"weights_sha256": parent.weights_sha256, "dtype": dtype, "code": lineage.code_version()}
     with continued(output, plan) as folder:
         digest = hf_folder.write_weights(folder, _tensors(source), dtype, check=check)
-        hf_folder.write_settings(folder, source.model, words, dtype)
-        if chat_template == "plain":
-            hf_folder.write_plain_template(folder)
+        write_settings(folder)
         link = lineage.Lineage(name=parent.name, kind="export", weights_sha256=digest, step=parent.step, parent=parent)
         lineage.write(folder, link)
         if verify:
             verify_export(save, folder, config, weights=False, logits=logits, text=text)
-        model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
+        write_card(folder, link)
     log.info("%s: %s, %s parameters", output, dtype, f"{source.model.num_parameters:,}")
     return output
 
@@ -90,6 +105,22 @@ def _check_same(output: Path, done: lineage.Lineage, parent: lineage.Lineage, dt
     found, wanted = rundir.read_json(output / hf_folder.CONFIG)["torch_dtype"], hf_folder.TORCH_NAMES[dtype]
     if found != wanted:
         raise BadInput(f"{output} is in {found}, not {wanted}", fix="give another folder, or --overwrite")
+
+
+def _check_settings(output: Path, write: Callable[[Path], None]) -> None:
+    """Refuse a finished export whose config or tokenizer is not what `write` writes."""
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name))
+        differing = [file for file, *_ in rundir.differences(_sums(output), _sums(Path(name)))]
+    if differing:
+        raise BadInput(
+            f"{output} has another {', '.join(differing)} than asked for", fix="give another folder, or --overwrite"
+        )
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    names = (hf_folder.CONFIG, hf_folder.GENERATION, *hf_folder.TOKENIZER_FILES)
+    return {name: rundir.sha256(folder / name) for name in names if (folder / name).exists()}
 
 
 def _tensors(source: Save) -> Iterator[list[Named]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_octo.config.model import ModelConfig
+    from megatron_octo.lineage import Lineage
 
 REPORT = "verify.json"
 POSITIONS = 1024
@@ -96,6 +97,22 @@ def verify(
     rundir.write_json(told, asdict(report))
     console.logger(__name__).info("%s", describe(report))
     return report
+
+
+def is_verified(folder: Path, *, logits: bool) -> bool:
+    """Whether `folder` holds the report of a comparison, of the logits too where they are asked for."""
+    path = folder / REPORT
+    return path.exists() and (not logits or rundir.read_json(path)["num_positions"] > 0)
+
+
+def check_kept(output: Path, done: Lineage, pattern: str) -> None:
+    """Read the weights of a finished `output`, which match `pattern`, once.
+
+    Raises:
+        BadInput: they are not those that `done`, its lineage, names.
+    """
+    if rundir.sha256_folder(output, pattern) != done.weights_sha256:
+        raise BadInput(f"{output} is damaged: {pattern} are not as they were written", fix="convert with --overwrite")
 
 
 def describe(report: Report) -> str:

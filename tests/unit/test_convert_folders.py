@@ -377,6 +377,48 @@ def test_an_output_made_from_something_else_is_kept_unless_overwritten(made: Pat
     assert lineage.read(tmp_path / "import").parent == lineage.read(made / "base")
 
 
+@pytest.mark.parametrize("damage", ["a bit", "no file"])
+def test_an_output_that_was_damaged_since_is_refused(made: Path, words: Path, tmp_path: Path, damage: str) -> None:
+    calls = (
+        lambda **options: from_hf(made / "base", tmp_path / "import", verify=False, **options),
+        lambda **options: to_hf(made / "import", tmp_path / "out", words, verify=False, **options),
+    )
+    for call in calls:
+        out = call()
+        (weights,) = (*out.glob("*.safetensors"), *out.glob("*.distcp"))
+        if damage == "a bit":
+            flip_bit(weights)
+        else:
+            weights.unlink()
+        with pytest.raises(BadInput, match="is damaged"):
+            call()
+        call(overwrite=True)
+        call()
+
+
+def test_a_comparison_that_a_finished_output_lacks_is_made(made: Path, words: Path, tmp_path: Path) -> None:
+    first = from_hf(made / "base", tmp_path / "import", verify=False)
+    second = to_hf(first, tmp_path / "out", words, verify=False)
+    before = snapshot(made / "base")
+    from_hf(made / "base", first, logits=False)
+    to_hf(first, second, words, logits=False)
+    for folder in (first, second):
+        assert rundir.read_json(folder / "verify.json")["num_tensors"] == 2 * 9 + 3
+        assert verify_module.is_verified(folder, logits=False) and not verify_module.is_verified(folder, logits=True)
+    assert "`verify.json` holds the comparison" in (second / "README.md").read_text()
+    assert snapshot(made / "base") == before
+
+
+def test_an_export_with_another_template_or_tokenizer_is_refused(made: Path, words: Path, tmp_path: Path) -> None:
+    out = to_hf(made / "import", tmp_path / "out", words, verify=False)
+    with pytest.raises(BadInput, match=r"another chat_template.jinja than asked for"):
+        to_hf(made / "import", out, words, chat_template="own", verify=False)
+    other = Path(shutil.copytree(words, tmp_path / "words"))
+    (other / "tokenizer.json").write_text((words / "tokenizer.json").read_text().replace('"p"', '"q"'))
+    with pytest.raises(BadInput, match=r"another tokenizer.json than asked for"):
+        to_hf(made / "import", out, other, verify=False)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_with_other_things_in_it_is_never_replaced(
     made: Path, words: Path, tmp_path: Path, overwrite: bool
