@@ -65,7 +65,7 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
         same = (partial / PLAN).exists() and rundir.read_json(partial / PLAN) == plan
         shutil.rmtree(partial / UNFINISHED, ignore_errors=True)
         for path in partial.iterdir():
-            if path.name != rundir.LOCK and not same:
+            if path.name != rundir.LOCK and not (same and path.suffix != ".tmp"):
                 path.unlink()
         rundir.write_json(partial / PLAN, plan)
         try:
