@@ -10,17 +10,18 @@ import functools
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_octo import __version__
-from megatron_octo.rundir import read_json, sha256, write_json
+from megatron_octo.config.base import Settings, read_settings
+from megatron_octo.rundir import sha256, write_json
 
 FILE = "lineage.json"
 Kind = Literal["base", "import", "train", "export", "rl"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Lineage:
+class Lineage(Settings):
     """One link of the descent."""
 
     name: str
@@ -47,8 +48,12 @@ class Lineage:
 
 
 def read(folder: Path) -> Lineage:
-    """The lineage of the weights in `folder`."""
-    return _from_dict(read_json(folder / FILE))
+    """The lineage of the weights in `folder`.
+
+    Raises:
+        BadInput: there is none, or a damaged one.
+    """
+    return read_settings(Lineage, folder / FILE)
 
 
 def read_if_present(folder: Path) -> Lineage | None:
@@ -68,8 +73,3 @@ def code_version() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)} {sha256(path)}\n".encode())
     return f"{__version__}+{digest.hexdigest()[:12]}"
-
-
-def _from_dict(value: dict[str, Any]) -> Lineage:
-    parent, data = value.pop("parent", None), value.pop("data", ())
-    return Lineage(**value, data=tuple(map(tuple, data)), parent=_from_dict(parent) if parent else None)

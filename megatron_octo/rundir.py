@@ -65,14 +65,28 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or torn one is the user's to mend.
 
     Raises:
-        BadInput: `path` is missing or is not JSON.
+        BadInput: `path` is missing, cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"no such file: {path}", fix="check the path, or run the stage that writes it") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}", fix="give a file that can be read") from None
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or brackets without an end
         raise BadInput(f"{path} is not JSON: {error}", fix="delete it and run the stage that writes it") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds names and values.
+
+    Raises:
+        BadInput: `path` is missing, cannot be read or holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} holds no JSON object: {str(value)[:40]}", fix="take the file from where it was made")
+    return value
 
 
 def free_bytes(folder: Path) -> int:

@@ -47,8 +47,8 @@ def to_dict(settings: Settings) -> dict[str, Any]:
     return value
 
 
-def from_dict[S: "Settings"](kind: type[S], value: Any, *, origin: str) -> S:
-    """Settings of class `kind` from plain JSON values.
+def from_dict[S: "Settings"](kind: type[S], value: Any, *, origin: str, strict: bool = False) -> S:
+    """Settings of class `kind` from plain JSON values; `strict`, a text is never taken for a number or a yes.
 
     Raises:
         BadInput: an unknown key, a wrong type, or values that contradict each other. `origin` (a
@@ -56,8 +56,9 @@ def from_dict[S: "Settings"](kind: type[S], value: Any, *, origin: str) -> S:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    adapter = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return adapter.validate_json(json.dumps(value), strict=True) if strict else adapter.validate_python(value)
     except ValidationError as error:
         lines = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise BadInput(f"{origin} holds no valid {kind.__name__}:\n{lines}", fix="correct the named fields") from None

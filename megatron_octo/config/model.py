@@ -5,6 +5,7 @@ Names are this project's; `model/mapping.py` has the other two vocabularies.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_octo.config.base import Settings, require, require_positive
@@ -51,6 +52,14 @@ class ModelConfig(Settings):
             "model.",
             *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "max_positions"),
         )
+        require(self.head_dim >= 0, f"model.head_dim {self.head_dim} is below 0", fix="give a width, or 0")
+        for name in ("rope_theta", "rope_factor", "norm_eps", "init_std"):
+            value = getattr(self, name)
+            require(
+                (name == "rope_factor" and value is None) or 0 < value < math.inf,
+                f"model.{name} {value} is no finite number above 0",
+                fix="give the number that the model has",
+            )
         if self.head_dim == 0:
             require(
                 self.hidden_size % self.num_heads == 0,

@@ -15,7 +15,7 @@ from megatron_octo.convert.output import MAX_FILE_BYTES, into_files, write_files
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
-from megatron_octo.rundir import read_json, write_atomic, write_json
+from megatron_octo.rundir import read_object, write_atomic, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE,
 )
 
+CONTROL = ("bos", "eos", "pad")
 LICENCE_FILES = ("LICENSE*", "USE_POLICY*")
 
 PLAIN_TEMPLATE = """\
@@ -70,7 +71,7 @@ class Weights:
         if folder.is_file():
             files = [folder]
         elif (folder / INDEX).exists():
-            files = sorted({folder / file for file in read_json(folder / INDEX)["weight_map"].values()})
+            files = sorted({folder / file for file in _weight_map(folder / INDEX).values()})
         else:
             files = sorted(folder.glob(WEIGHT_FILES))
         if not files:
@@ -88,7 +89,7 @@ class Weights:
                         part = tensors.get_slice(name)
                         self._files[name] = file
                         self.shapes[name], self._dtypes[name] = tuple(part.get_shape()), part.get_dtype()
-            except (FileNotFoundError, SafetensorError) as error:
+            except (OSError, SafetensorError) as error:
                 raise BadInput(f"{file} cannot be read: {error}", fix="download or write the folder again") from None
 
     def dtype(self, name: str) -> torch.dtype:
@@ -152,6 +153,13 @@ class Weights:
         if (self.shapes[first], self._dtypes[first]) != (self.shapes[second], self._dtypes[second]):
             return False
         return torch.equal(*(self.read(name).view(torch.uint8) for name in (first, second)))  # NaN is NaN
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) and file for file in names.values()):
+        raise BadInput(f"{index} has no weight_map of tensors and files", fix="download or write the folder again")
+    return names
 
 
 def write_weights(
@@ -241,7 +249,7 @@ def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     """Load a tokenizer folder to learn its control ids, and check that the model has a row for each id.
 
     Raises:
-        BadInput: no tokenizer there, none that can be loaded, or more ids than the model has rows.
+        BadInput: no tokenizer there, none that can be loaded, or more ids than the model has rows, or a wrong id.
     """
     if not has_tokenizer(folder):
         raise BadInput(f"{folder} holds no tokenizer.json and no tokenizer.model", fix="give a tokenizer folder")
@@ -251,13 +259,16 @@ def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
             f"tokenizer {folder} has {len(tokenizer):,} ids, the model {model.vocab_size:,} rows",
             fix="give the tokenizer that the model was trained with",
         )
-    stated = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
-    return Tokenizer(
-        folder=folder,
-        bos=stated.get("bos_token_id", tokenizer.bos_token_id),
-        eos=stated.get("eos_token_id", tokenizer.eos_token_id),
-        pad=stated.get("pad_token_id", tokenizer.pad_token_id),
-    )
+    stated = read_object(folder / GENERATION) if (folder / GENERATION).exists() else {}
+    ids = {name: stated.get(f"{name}_token_id", getattr(tokenizer, f"{name}_token_id")) for name in CONTROL}
+    for name, value in ids.items():
+        each = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is int and 0 <= one < model.vocab_size for one in each):
+            raise BadInput(
+                f"{folder / GENERATION}: {name}_token_id is {value!r}, the model has {model.vocab_size:,} rows",
+                fix=f"correct it, or take {GENERATION} away: the tokenizer has ids of its own",
+            )
+    return Tokenizer(folder=folder, **ids)
 
 
 def write_settings(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype: Dtype) -> None:
@@ -280,7 +291,7 @@ def write_plain_template(folder: Path) -> None:
     """Give the tokenizer in `folder` the plain chat template, in place of its own."""
     settings = folder / "tokenizer_config.json"
     if settings.exists():
-        write_json(settings, {name: value for name, value in read_json(settings).items() if name != "chat_template"})
+        write_json(settings, {name: value for name, value in read_object(settings).items() if name != "chat_template"})
     write_atomic(folder / CHAT_TEMPLATE, PLAIN_TEMPLATE)
 
 
@@ -290,4 +301,4 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
         BadInput: no config.json, or a model that training cannot express.
     """
-    return mapping.model_config_from_hf(read_json(folder / CONFIG), origin=str(folder / CONFIG))
+    return mapping.model_config_from_hf(read_object(folder / CONFIG), origin=str(folder / CONFIG))

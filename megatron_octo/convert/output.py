@@ -23,8 +23,11 @@ def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Li
     """The lineage of a finished `output` that stays; None where there is nothing, or `overwrite` replaces it.
 
     Raises:
-        BadInput: `output` holds something that no conversion of this `kind` wrote.
+        BadInput: `output` holds something that no conversion of this `kind` wrote, or lies below a file.
     """
+    above = next(each for each in output.resolve().parents if each.exists())
+    if not above.is_dir():
+        raise BadInput(f"{above} is a file: {output} cannot lie below it", fix="give another folder")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     found = lineage.read_if_present(output) if rundir.is_done(output) else None
@@ -59,6 +62,7 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     Raises:
         BadInput: another process is at it.
     """
+    output = output.resolve()  # a link stays one
     partial = _partial_folder(output)
     rundir.clear_stale(output)
     with rundir.lock(partial):
@@ -80,6 +84,7 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
 
 
 def _partial_folder(output: Path) -> Path:
+    output = output.resolve()
     return output.with_name(f".{output.name}.partial")
 
 

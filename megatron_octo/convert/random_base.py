@@ -45,7 +45,7 @@ def random_base(config: RandomBaseConfig, *, overwrite: bool = False) -> Path:
         log.info("%s is there already", config.output)
         return config.output
     tokenizer = hf_folder.read_tokenizer(config.tokenizer, config.model)
-    with rundir.new_folder(config.output) as folder:
+    with rundir.new_folder(config.output.resolve()) as folder:
         tensors = ([each] for each in _tensors(config.model, config.seed))
         digest = hf_folder.write_weights(folder, tensors, "fp32")
         hf_folder.write_settings(folder, config.model, tokenizer, "fp32")

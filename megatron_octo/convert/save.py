@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 STEPS = "checkpoints/step_*"
 LATEST = "latest_checkpointed_iteration.txt"
 """Of Megatron-LM, beside its iter_XXXXXXX folders."""
+RELEASE = "release"
+ITERATION = re.compile(rf"[0-9]{{1,18}}|{RELEASE}")
 VOCABULARY = (mapping.EMBEDDING.key, mapping.OUTPUT.key)
 """Tensors that have a row for each id; Megatron-LM pads them."""
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
@@ -51,15 +54,22 @@ def find_save(path: Path) -> Path:
         return path
     if (path / FORMAT_FILE).exists():
         return path
-    if (path / LATEST).exists():
-        latest = (path / LATEST).read_text().strip()
-        return find_save(path / (f"iter_{int(latest):07d}" if latest.isdigit() else latest))
+    if (path / LATEST).is_file():
+        return find_save(path / _latest(path / LATEST))
     for save in sorted(path.glob(STEPS), reverse=True):
         damage = _damage(save)
         if not damage:
             return save
         console.logger(__name__).warning("%s is damaged (%s): passed over for the save before it", save, damage)
     raise BadInput(f"{path} has no whole save in {STEPS}", fix="train first, or give another folder")
+
+
+def _latest(file: Path) -> str:
+    """The folder that a file of Megatron-LM names: of an iteration, or `release`."""
+    named = file.read_text(errors="replace").strip()
+    if not ITERATION.fullmatch(named):
+        raise BadInput(f"{file} names no iteration: {named[:40]!r}", fix="give the iter_XXXXXXX folder itself")
+    return named if named == RELEASE else f"iter_{int(named):07d}"
 
 
 def _damage(save: Path) -> str:

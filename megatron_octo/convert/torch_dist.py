@@ -125,8 +125,19 @@ class Reader:
                 f"{self.folder} has no file {info.relative_path}, which {key} is in", fix="take another save"
             )
         try:
-            return _mapped(path, info.offset, info.length)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+            piece = _mapped(path, info.offset, info.length)
+            if (piece.shape, piece.dtype) != (chunk.sizes, self.dtype(key)):
+                raise ValueError(f"they are {tuple(piece.shape)} in {piece.dtype}")
+            return piece
+        except (
+            OSError,
+            OverflowError,
+            pickle.UnpicklingError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            zipfile.BadZipFile,
+        ) as error:
             raise BadInput(f"{path} holds no numbers for {key}: {error}", fix="take another save") from None
 
 

@@ -17,6 +17,7 @@ from megatron_octo.config.base import to_dict
 from megatron_octo.config.train import ParallelConfig, PrecisionConfig
 from megatron_octo.convert import hf_folder, sample
 from megatron_octo.convert.compare import SHOWN, compare_export
+from megatron_octo.convert.free_memory import available_bytes
 from megatron_octo.convert.save import Save
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model import mapping
@@ -171,7 +172,7 @@ def _compare_logits(source: Save, hf: Path, dtype: torch.dtype, text: Path) -> R
     rows = -(-POSITIONS // length)
     tokens, told = sample.tokens(hf, text, vocab_size=source.model.vocab_size, rows=rows, length=length)
     with torch.no_grad():
-        streamed = _available_bytes() < FP32_BYTES * source.model.num_parameters * SPARE
+        streamed = available_bytes() < FP32_BYTES * source.model.num_parameters * SPARE
         theirs = _hf_logits_by_layer(source, hf, tokens) if streamed else _hf_logits(hf, tokens)
         ours = _megatron_logits(source, tokens, dtype, streamed=streamed)
         differences, kl, largest, scale = 0, 0.0, torch.zeros(()), torch.zeros(())
@@ -215,13 +216,6 @@ def _hf_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
         ) from None
     model.eval()
     return torch.cat([model(row[None]).logits for row in tokens])
-
-
-def _available_bytes() -> int:
-    """Memory that is free, by the kernel's estimate."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _hf_logits_by_layer(source: Save, hf: Path, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_octo.config.base import from_dict
 from megatron_octo.config.model import ModelConfig
-from megatron_octo.errors import BadInput, SettingsError
+from megatron_octo.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -140,9 +141,9 @@ def model_config_from_hf(config: dict[str, Any], *, origin: str = "config.json")
         BadInput: the model is of another family, or has a feature that the training side cannot
             express; `origin` is named in the message.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
+        near = difflib.get_close_matches(kind, FAMILIES, n=1)
         raise BadInput(
             f"{origin}: model_type {kind!r} is not supported",
             fix=f"{f'did you mean {near[0]!r}? ' if near else ''}supported: {', '.join(FAMILIES)}",
@@ -151,8 +152,6 @@ def model_config_from_hf(config: dict[str, Any], *, origin: str = "config.json")
         return _read(FAMILIES[kind], config, origin)
     except KeyError as error:
         raise BadInput(f"{origin} has no {error.args[0]!r}", fix="give the model's own config.json, whole") from None
-    except SettingsError as error:
-        raise BadInput(f"{origin}: {error.what}", fix=error.fix) from None
 
 
 def hf_config(
@@ -207,37 +206,49 @@ def _read(family: Family, config: dict[str, Any], origin: str) -> ModelConfig:
         value = config.get(name, wanted)
         if value != wanted:
             raise BadInput(f"{origin}: {name} is {value!r}: {why}", fix=f"choose a model whose {name} is {wanted!r}")
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    config = {**family.defaults, **config}
+    heads, kv_heads, head_dim = (
+        config.get(name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    theta, factor = _read_rope(config, origin)
+    values = {
+        "hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "ffn_size": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+        "tied_embeddings": config.get("tie_word_embeddings", False),
+        "qkv_bias": family.qkv_bias,
+        "qk_norm": family.qk_norm,
+        "head_dim": 0 if head_dim is None else head_dim,
+        "rope_theta": theta,
+        "rope_factor": factor,
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "max_positions": config["max_position_embeddings"],
+        "init_std": config.get("initializer_range", 0.02),
+    }
+    model = from_dict(ModelConfig, values, origin=origin, strict=True)
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * model.num_layers:
         raise BadInput(
-            f"{origin}: layer_types {sorted(set(config['layer_types']))}: every layer sees all positions before it",
+            f"{origin}: layer_types {kinds}: every layer sees all positions before it",
             fix="choose a model whose layers all have full_attention",
         )
-    config = {**family.defaults, **config}
-    heads = config["num_attention_heads"]
-    theta, factor = _read_rope(config, origin)
-    return ModelConfig(
-        hidden_size=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        ffn_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
-        head_dim=config.get("head_dim") or 0,
-        rope_theta=theta,
-        rope_factor=factor,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        max_positions=config["max_position_embeddings"],
-        init_std=config.get("initializer_range", 0.02),
-    )
+    return model
 
 
-def _read_rope(config: dict[str, Any], origin: str) -> tuple[float, float | None]:
+def _read_rope(config: dict[str, Any], origin: str) -> tuple[Any, Any]:
     """(theta, factor): `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before."""
-    rope = {"rope_theta": config.get("rope_theta", 10_000.0), **(config.get("rope_scaling") or {})}
-    rope |= config.get("rope_parameters") or {}
+    rope = {"rope_theta": config.get("rope_theta", 10_000.0)}
+    for name in ("rope_scaling", "rope_parameters"):
+        stated = config.get(name) or {}
+        if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
+            raise BadInput(
+                f"{origin}: {name} is {stated!r}: all layers have the same rotary scaling, in one table",
+                fix="choose a model whose rotary scaling is the same in all layers",
+            )
+        rope |= {name: value for name, value in stated.items() if value is not None}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise BadInput(
             f"{origin}: partial_rotary_factor is {rope['partial_rotary_factor']!r}: whole heads are rotated",
@@ -245,7 +256,7 @@ def _read_rope(config: dict[str, Any], origin: str) -> tuple[float, float | None
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return float(rope["rope_theta"]), None
+        return rope["rope_theta"], None
     if kind != "llama3":
         raise BadInput(
             f"{origin}: rotary scaling of type {kind!r}: megatron-core's GPTModel knows none and Llama 3's",
@@ -262,7 +273,7 @@ def _read_rope(config: dict[str, Any], origin: str) -> tuple[float, float | None
                 f"{origin}: rotary scaling with {name} {rope[name]!r}: megatron-core has {value:g} built in",
                 fix="choose a model with Llama 3's values",
             )
-    return float(rope["rope_theta"]), float(rope["factor"])
+    return rope["rope_theta"], rope["factor"]
 
 
 def _write(family: Family, model: ModelConfig) -> dict[str, Any]:

@@ -99,13 +99,42 @@ def read_index(folder: Path) -> Any:
         raise BadInput(f"{folder} is no megatron checkpoint: it has no {INDEX}", fix="give the folder of one save")
     try:
         index = _Unpickler(path.read_bytes(), IN_INDEX, "the index of this checkpoint").load()
+        sound = isinstance(index, Metadata) and _is_sound(index)
     except BadInput:
         raise
     except Exception as error:  # a torn pickle fails in any way
         raise BadInput(f"{path} is torn: {error}", fix="take another save") from None
-    if not isinstance(index, Metadata):
-        raise BadInput(f"{path} is no index of tensors: {type(index).__name__}", fix="take another save")
+    if not sound:
+        raise BadInput(f"{path} is no index of tensors, or a damaged one", fix="take another save")
     return index
+
+
+def _is_sound(index: Any) -> bool:
+    """Whether the fields that are read of an index are of their kinds; fails in any way where one is missing."""
+    import torch
+    from torch.distributed.checkpoint import metadata
+
+    def is_tensor(entry: Any) -> bool:
+        shapes = [entry.size, *(shape for chunk in entry.chunks for shape in (chunk.offsets, chunk.sizes))]
+        return isinstance(entry.properties.dtype, torch.dtype) and all(
+            isinstance(shape, torch.Size) and len(shape) == len(entry.size) and min(shape, default=0) >= 0
+            for shape in shapes
+        )
+
+    return all(
+        isinstance(key, str)
+        and (
+            isinstance(entry, metadata.BytesStorageMetadata)
+            or (isinstance(entry, metadata.TensorStorageMetadata) and is_tensor(entry))
+        )
+        for key, entry in index.state_dict_metadata.items()
+    ) and all(
+        isinstance(where, metadata.MetadataIndex)
+        and isinstance(info.relative_path, str)
+        and type(info.offset) is type(info.length) is int
+        and min(info.offset, info.length) >= 0
+        for where, info in index.storage_data.items()
+    )
 
 
 def check_record(key: str, record: Any) -> None:

@@ -234,7 +234,7 @@ def write_findings(folder: str) -> None:
         to_hf(work / "import", work / dtype, work / "words", dtype=dtype)
         verified[dtype] = rundir.read_json(work / dtype / "verify.json")
     mistakes, import_mistakes = {}, {}
-    with _patched(verify_module, _available_bytes=lambda: 0):
+    with _patched(verify_module, available_bytes=lambda: 0):
         streamed = {"llama": asdict(verify_module.verify(work / "import", work / "fp32"))} | {
             name: asdict(verify_module.verify(work / f"{name}-import", work / f"{name}-export"))
             for name in ("qwen2", "qwen3-tied")

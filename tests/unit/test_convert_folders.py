@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import pickle
@@ -456,6 +457,104 @@ def test_weights_that_do_not_fit_their_config_are_refused(base: Path, tmp_path: 
             from_hf(base, tmp_path / "import", logits=False)
         assert told in str(refused.value)
     assert not (tmp_path / "import").exists()
+
+
+BINARY = b"\xff\xfe\x00"
+HF_FILES = {
+    "config.json": (b"[]", b"{", b'"text"', BINARY, b"[" * 100_000, None),
+    "model.safetensors.index.json": (
+        b"[]",
+        b"{}",
+        BINARY,
+        b'{"weight_map": []}',
+        b'{"weight_map": {"lm_head.weight": 5}}',
+        b'{"weight_map": {"lm_head.weight": ""}}',
+        b'{"weight_map": {"lm_head.weight": "."}}',
+        b'{"weight_map": {"lm_head.weight": "config.json"}}',
+    ),
+    "lineage.json": (b"[]", b"{}", BINARY, b'{"name": "a", "kind": "base", "weights_sha256": 5}'),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [(file, content) for file, all in HF_FILES.items() for content in all], ids=itertools.count()
+)
+def test_a_torn_file_of_a_hugging_face_folder_is_refused(
+    base: Path, tmp_path: Path, file: str, content: bytes | None
+) -> None:
+    (base / file).unlink(missing_ok=True)
+    if content is None:
+        (base / file).mkdir()
+    else:
+        (base / file).write_bytes(content)
+    with pytest.raises(BadInput):
+        from_hf(base, tmp_path / "import")
+    assert not list(tmp_path.glob("*import*"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        BINARY,
+        *(b'{"eos_token_id": %s}' % ids for ids in (b"32", b"-1", b'"x"', b"true", b"1.0", b"[2, 99999]", b"[[2]]")),
+        b'{"bos_token_id": 32}',
+        b'{"pad_token_id": "0"}',
+    ],
+)
+def test_control_ids_that_the_model_has_no_rows_for_are_refused(
+    made: Path, words: Path, tmp_path: Path, content: bytes
+) -> None:
+    tokenizer = Path(shutil.copytree(words, tmp_path / "words"))
+    (tokenizer / "generation_config.json").write_bytes(content)
+    with pytest.raises(BadInput, match=r"generation_config.json"):
+        to_hf(made / "import", tmp_path / "out", tokenizer, verify=False)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("content", [b"", b".", b"..", b"/", b"\xff\x00", b"notes", b"9" * 500, "\u00b2".encode()])
+def test_a_file_that_names_no_iteration_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(content)
+    with pytest.raises(BadInput, match=r"latest_checkpointed_iteration.txt names no iteration"):
+        find_save(tmp_path)
+
+
+@pytest.mark.parametrize(("named", "folder"), [("7\n", "iter_0000007"), ("release", "release")])
+def test_megatrons_file_names_the_last_iteration(tmp_path: Path, named: str, folder: str) -> None:
+    save = plain(tmp_path / folder, MODEL)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(named)
+    assert find_save(tmp_path) == save
+
+
+@pytest.mark.parametrize("way", ["random", "in", "out"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_an_empty_or_absent_folder_stays_and_the_result_lies_where_it_leads(
+    made: Path, words: Path, tmp_path: Path, way: str, there: bool
+) -> None:
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk/real").mkdir()
+    (tmp_path / "link").symlink_to("disk/real")
+    if way == "random":
+        random_base(RandomBaseConfig(model=MODEL, tokenizer=words, output=tmp_path / "link"))
+    elif way == "in":
+        from_hf(made / "base", tmp_path / "link")
+    else:
+        to_hf(made / "import", tmp_path / "link", words, verify=False)
+    assert (tmp_path / "link").is_symlink() and rundir.is_done(tmp_path / "disk/real")
+    assert len(list(tmp_path.iterdir())) == 2 and len(list((tmp_path / "disk").iterdir())) == 1
+
+
+def test_an_output_may_be_the_empty_folder_one_stands_in_and_not_below_a_file(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=r"file is a file"):
+        from_hf(made / "base", tmp_path / "file/a/b")
+    monkeypatch.chdir(tmp_path / "empty")
+    from_hf(made / "base", Path())
+    assert rundir.is_done(tmp_path / "empty") and len(list(tmp_path.iterdir())) == 2
 
 
 def test_tensors_that_follow_from_others_are_passed_over(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -38,6 +39,18 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+NUMBERS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rope_theta",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "initializer_range",
+)
 
 
 def hf_dict(model: ModelConfig = MODEL, **changes: Any) -> dict[str, Any]:
@@ -226,6 +239,37 @@ def test_what_training_cannot_express_is_refused_with_the_reason(changes: dict[s
     with pytest.raises(BadInput, match=told) as refused:
         mapping.model_config_from_hf(hf_dict(**changes), origin="base/config.json")
     assert "base/config.json" in str(refused.value) and refused.value.fix
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for name in NUMBERS for value in (None, "12", [], {}, True, -1, math.nan)),
+        *({name: 0} for name in NUMBERS),
+        *({name: math.inf} for name in ("rope_theta", "rms_norm_eps", "initializer_range")),
+        *({name: value} for name in ("num_key_value_heads", "head_dim") for value in ("3", [], {}, True, -1, 1.5)),
+        *({"tie_word_embeddings": value} for value in (None, "yes", 1, [])),
+        *({"model_type": value} for value in (None, [], {}, 5)),
+        *({"layer_types": value} for value in (5, "full_attention", [[]], ["full_attention"], {"full_attention": 1})),
+        *({"rope_scaling": {**LLAMA3_SCALING, "factor": value}} for value in (None, "8", 0, -8.0, math.nan, math.inf)),
+        *({"rope_scaling": value} for value in ("llama3", ["llama3"], 8.0)),
+        {"rope_scaling": None, "rope_parameters": {"full_attention": {**LLAMA3_SCALING, "rope_theta": 1e4}}},
+        {"rope_scaling": None, "rope_parameters": {"rope_theta": "1e4"}},
+        {"attention_bias": None},
+    ],
+    ids=str,
+)
+def test_a_field_of_another_kind_or_out_of_range_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"base/config\.json") as refused:
+        mapping.model_config_from_hf(hf_dict(**changes), origin="base/config.json")
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rope_factor", "norm_eps", "init_std"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_model_has_finite_numbers_above_0(name: str, value: float) -> None:
+    with pytest.raises(BadInput, match=f"model.{name} {value} is no finite number above 0"):
+        replace(MODEL, **{name: value})
 
 
 def test_a_model_like_no_family_is_refused() -> None:

@@ -106,6 +106,15 @@ def test_json_that_is_torn_or_missing_is_bad_input(tmp_path):
         rundir.read_json(tmp_path / "torn.json")
     with pytest.raises(BadInput, match="no such file"):
         rundir.read_json(tmp_path / "none.json")
+    for content in (b"\xff\xfe", b"[" * 100_000):
+        (tmp_path / "torn.json").write_bytes(content)
+        with pytest.raises(BadInput, match=r"torn\.json is not JSON"):
+            rundir.read_json(tmp_path / "torn.json")
+    with pytest.raises(BadInput, match=r"cannot be read: Is a directory"):
+        rundir.read_json(tmp_path)
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(BadInput, match=r"list\.json holds no JSON object: \[1\]"):
+        rundir.read_object(tmp_path / "list.json")
 
 
 def test_the_hash_of_a_folder_changes_with_any_content_or_name(tmp_path):

@@ -128,6 +128,35 @@ def test_an_index_that_names_no_file_for_a_piece_is_refused(folder: Path) -> Non
         Reader(folder).read("norm")
 
 
+@pytest.mark.parametrize("value", [None, 5, "text", (1, 2), torch.Size([1]), torch.Size([-1, 6, 8])], ids=str)
+@pytest.mark.parametrize(
+    "field", ["size", "properties", "dtype", "chunks", "offsets", "sizes", "relative_path", "offset", "length"]
+)
+def test_an_index_with_a_field_of_another_kind_is_refused(folder: Path, field: str, value: object) -> None:
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    entry = index.state_dict_metadata["layers"]
+    info = next(info for where, info in index.storage_data.items() if where.fqn == "layers")
+    holders = (entry, entry.properties, entry.chunks[0], info)
+    setattr(next(each for each in holders if hasattr(each, field)), field, value)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(BadInput):
+        Reader(folder).read("layers")
+
+
+@pytest.mark.parametrize("field", ["sizes", "dtype"])
+def test_a_piece_that_is_not_as_the_index_says_is_refused(folder: Path, field: str) -> None:
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    entry = index.state_dict_metadata["norm"]
+    if field == "dtype":
+        entry.properties.dtype = torch.float16
+    else:
+        entry.size = torch.Size([7])
+        entry.chunks[0] = type(entry.chunks[0])(offsets=torch.Size([0]), sizes=torch.Size([7]))
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(BadInput, match=r"holds no numbers for norm: they are \(5,\) in torch.bfloat16"):
+        Reader(folder).read("norm")
+
+
 def test_pieces_outside_of_the_folder_are_not_read(folder: Path) -> None:
     index = pickle.loads((folder / ".metadata").read_bytes())
     for info in index.storage_data.values():
