@@ -15,6 +15,7 @@ from megatron_octo.cli import app
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
+from megatron_octo.convert import from_hf
 from tests.conftest import REPOSITORY, Octo, flip_bit, snapshot, word_tokenizer
 
 RECIPE = f"{REPOSITORY / 'recipes/miniature.py'}:pipeline"
@@ -98,6 +99,19 @@ def test_a_proof_of_the_weights_alone_runs_no_model(convert: Run, run_folder: Pa
     assert (code, out) == (0, f"verified: {report['num_tensors']} tensors bit-identical; logits not compared\n")
 
 
+@pytest.mark.parametrize("more", [(), ("--skip-logits",)])
+def test_an_import_is_compared_on_the_text_that_is_given(
+    convert: Run, miniature: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(from_hf, "verify_import", lambda *folders, **options: asked.append(options))
+    (tmp_path / "text").write_text("text")
+    assert convert("random-base", RECIPE)[0] == 0
+    assert convert("from-hf", miniature / "base", tmp_path / "out", "--text", tmp_path / "text", *more)[0] == 0
+    (options,) = asked
+    assert (options["logits"], options["text"]) == (not more, tmp_path / "text")
+
+
 def test_a_random_base_comes_from_json_too(convert: Run, miniature: Path, tmp_path: Path) -> None:
     base = load_recipe(RECIPE, PipelineConfig).base
     assert base is not None
@@ -153,6 +167,7 @@ def test_bad_input_is_told_and_changes_nothing(convert: Run, run_folder: Path, m
         ("from-hf", cut, runs / "out"): "model.safetensors cannot be read",
         ("from-hf", base, runs / "notes"): "holds something else",
         ("from-hf", base, runs / "notes", "--overwrite"): "holds something else",
+        ("from-hf", base, runs / "out", "--text", runs / "absent.txt"): "no such file",
         ("to-hf", runs / "absent"): "no folder",
         ("to-hf", base, runs / "out"): "no whole save",
         ("to-hf", torn, runs / "out"): "is damaged: it has no DONE",
