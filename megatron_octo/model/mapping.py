@@ -207,9 +207,7 @@ def _read(family: Family, config: dict[str, Any], origin: str) -> ModelConfig:
         if value != wanted:
             raise BadInput(f"{origin}: {name} is {value!r}: {why}", fix=f"choose a model whose {name} is {wanted!r}")
     config = {**family.defaults, **config}
-    heads, kv_heads, head_dim = (
-        config.get(name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+    heads, kv_heads, head_dim = config["num_attention_heads"], config.get("num_key_value_heads"), config.get("head_dim")
     theta, factor = _read_rope(config, origin)
     values = {
         "hidden_size": config["hidden_size"],
