@@ -73,9 +73,12 @@ def _latest(file: Path) -> str:
 
 
 def _damage(save: Path) -> str:
-    """What is wrong with a save, empty if nothing is. An import has no checksums: only its DONE is asked for."""
+    """What is wrong with a save, empty if nothing is. An import has no checksums but one over its weights."""
     if rundir.is_done(save) and not checksums.is_sealed(save):
-        return ""
+        link = lineage.read_if_present(save)
+        known = link.weights_sha256 if link and link.kind == "import" else ""
+        whole = not known or rundir.sha256_folder(save, WEIGHT_FILES) == known
+        return "" if whole else f"its {WEIGHT_FILES} are not as they were written"
     return "; ".join(checksums.faults(save))
 
 

@@ -397,6 +397,14 @@ def test_an_output_that_was_damaged_since_is_refused(made: Path, words: Path, tm
         call()
 
 
+def test_an_import_that_was_damaged_since_is_not_exported(made: Path, tmp_path: Path) -> None:
+    save = Path(shutil.copytree(made / "import", tmp_path / "import"))
+    assert find_save(save) == save
+    flip_bit(next(save.glob("*.distcp")))
+    with pytest.raises(BadInput, match="is damaged"):
+        find_save(save)
+
+
 def test_a_comparison_that_a_finished_output_lacks_is_made(made: Path, words: Path, tmp_path: Path) -> None:
     first = from_hf(made / "base", tmp_path / "import", verify=False)
     second = to_hf(first, tmp_path / "out", words, verify=False)
