@@ -6,8 +6,10 @@ config, tokenizer and lineage, and checks the result before it appears. Run it w
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from megatron_octo.convert.compare import compare_export
 from megatron_octo.convert.output import check_room, continued, finished
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import Save
+from megatron_octo.convert.torch_dist import WEIGHT_FILES
 from megatron_octo.convert.verify import check_kept, is_verified
 from megatron_octo.convert.verify import verify as verify_export
 from megatron_octo.errors import BadInput
@@ -55,7 +58,11 @@ def to_hf(
         VerificationError: the export is not the save's model; no `output` is left.
     """
     log = console.logger(__name__)
-    source = Save(save, config)
+    pool = ThreadPoolExecutor(1)
+    hashed = functools.cache(lambda path: pool.submit(rundir.sha256, path))
+    known = lineage.read_if_present(save)
+    is_import = known is not None and known.kind == "import"  # it has no checksums, which are looked at before
+    source = Save(save, config, on_read=hashed if is_import else None)
     parent = source.lineage()
     done = finished(output, "export", overwrite=overwrite)
     words = hf_folder.read_tokenizer(tokenizer, source.model)
@@ -87,8 +94,10 @@ def to_hf(
             compare_export(source, written)
 
     plan = {"weights_sha256": parent.weights_sha256, "dtype": dtype, "code": lineage.code_version()}
-    with continued(output, plan) as folder:
+    with continued(output, plan) as folder, pool:
         digest = hf_folder.write_weights(folder, _tensors(source), dtype, check=check)
+        if is_import:
+            _check_import(save, parent, hashed)
         write_settings(folder)
         link = lineage.Lineage(name=parent.name, kind="export", weights_sha256=digest, step=parent.step, parent=parent)
         lineage.write(folder, link)
@@ -105,6 +114,13 @@ def _check_same(output: Path, done: lineage.Lineage, parent: lineage.Lineage, dt
     found, wanted = rundir.read_json(output / hf_folder.CONFIG)["torch_dtype"], hf_folder.TORCH_NAMES[dtype]
     if found != wanted:
         raise BadInput(f"{output} is in {found}, not {wanted}", fix="give another folder, or --overwrite")
+
+
+def _check_import(save: Path, link: lineage.Lineage, hashed: Callable[[Path], Future[str]]) -> None:
+    """Refuse an import whose weights are not as they were written."""
+    sums = {path.name: hashed(path).result() for path in save.glob(WEIGHT_FILES)}
+    if rundir.sha256_files(sums) != link.weights_sha256:
+        raise BadInput(f"the import {save} was damaged since it was made", fix="import it again: --overwrite")
 
 
 def _check_settings(output: Path, write: Callable[[Path], None]) -> None:

@@ -41,15 +41,15 @@ ZIP_HEADER = struct.Struct("<26x2H")
 class Reader:
     """The tensors of a `torch_dist` folder, by key; each read touches only the pieces it needs."""
 
-    def __init__(self, folder: Path, index: Any = None) -> None:
-        """Read the index, unless a writer gives its own, as it is so far.
+    def __init__(self, folder: Path, index: Any = None, on_read: Callable[[Path], object] | None = None) -> None:
+        """Read the index, unless a writer gives its own, as it is so far. `on_read` hears of a file before each read.
 
         Raises:
             BadInput: `folder` is not a `torch_dist` checkpoint, or its index refers to what it must not.
         """
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        self.folder = folder
+        self.folder, self._on_read = folder, on_read
         metadata = index or read_index(folder)
         self._storage = metadata.storage_data
         self._tensors = {
@@ -124,6 +124,8 @@ class Reader:
             raise BadInput(
                 f"{self.folder} has no file {info.relative_path}, which {key} is in", fix="take another save"
             )
+        if self._on_read:
+            self._on_read(path)
         try:
             piece = _mapped(path, info.offset, info.length)
             if (piece.shape, piece.dtype) != (chunk.sizes, self.dtype(key)):
@@ -138,7 +140,9 @@ class Reader:
             ValueError,
             zipfile.BadZipFile,
         ) as error:
-            raise BadInput(f"{path} holds no numbers for {key}: {error}", fix="take another save") from None
+            # torch advises to load it without any guard
+            why = "its record is torn" if isinstance(error, pickle.UnpicklingError) else error
+            raise BadInput(f"{path} holds no numbers for {key}: {why}", fix="take another save") from None
 
 
 def _mapped(path: Path, offset: int, length: int) -> torch.Tensor:

@@ -397,12 +397,13 @@ def test_an_output_that_was_damaged_since_is_refused(made: Path, words: Path, tm
         call()
 
 
-def test_an_import_that_was_damaged_since_is_not_exported(made: Path, tmp_path: Path) -> None:
+def test_an_import_that_was_damaged_since_is_not_exported(made: Path, words: Path, tmp_path: Path) -> None:
     save = Path(shutil.copytree(made / "import", tmp_path / "import"))
-    assert find_save(save) == save
-    flip_bit(next(save.glob("*.distcp")))
-    with pytest.raises(BadInput, match="is damaged"):
-        find_save(save)
+    (file,), number = save.glob("*.distcp"), load_folder(made / "base")["lm_head.weight"].numpy().tobytes()
+    file.write_bytes(file.read_bytes().replace(number, number[:-1] + bytes([number[-1] ^ 1])))
+    with pytest.raises(BadInput, match=r"import .* was damaged since it was made"):
+        to_hf(save, tmp_path / "out", words, logits=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["import"]
 
 
 def test_a_comparison_that_a_finished_output_lacks_is_made(made: Path, words: Path, tmp_path: Path) -> None:
