@@ -10,18 +10,18 @@ import functools
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_octo import __version__
-from megatron_octo.config.base import Settings, read_settings
-from megatron_octo.rundir import sha256, write_json
+from megatron_octo.errors import BadInput
+from megatron_octo.rundir import read_object, sha256, write_json
 
 FILE = "lineage.json"
 Kind = Literal["base", "import", "train", "export", "rl"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Lineage(Settings):
+class Lineage:
     """One link of the descent."""
 
     name: str
@@ -53,7 +53,11 @@ def read(folder: Path) -> Lineage:
     Raises:
         BadInput: there is none, or a damaged one.
     """
-    return read_settings(Lineage, folder / FILE)
+    path = folder / FILE
+    try:
+        return _from_dict(read_object(path))
+    except (AttributeError, TypeError) as error:
+        raise BadInput(f"{path} is no lineage: {error}", fix="take another folder, or make this one again") from None
 
 
 def read_if_present(folder: Path) -> Lineage | None:
@@ -73,3 +77,8 @@ def code_version() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)} {sha256(path)}\n".encode())
     return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def _from_dict(value: dict[str, Any]) -> Lineage:
+    parent, data = value.pop("parent", None), value.pop("data", ())
+    return Lineage(**value, data=tuple(map(tuple, data)), parent=_from_dict(parent) if parent else None)

@@ -19,6 +19,7 @@ def test_transformer_engine_is_there_with_its_torch_part_wherever_an_installatio
     (tmp_path / "transformer_engine/wheel_lib").mkdir(parents=True)
     (tmp_path / "transformer_engine/__init__.py").touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)  # None once a CPU was prepared
     assert not platform.has_engine()
     (tmp_path / place / "transformer_engine_torch.cpython-312-x86_64-linux-gnu.so").touch()
     assert platform.has_engine()
