@@ -21,7 +21,7 @@ from tests.prepared import BATCH, SEQ_LENGTH, stage, write_data
 from tests.slurm.cluster import Cluster
 
 SAVE_EVERY = 5
-STEPS_AN_EVENT = 40
+STEPS_AN_EVENT = 160  # an idle machine takes a hundred a second
 
 
 @dataclass
