@@ -81,4 +81,7 @@ def code_version() -> str:
 
 def _from_dict(value: dict[str, Any]) -> Lineage:
     parent, data = value.pop("parent", None), value.pop("data", ())
-    return Lineage(**value, data=tuple(map(tuple, data)), parent=_from_dict(parent) if parent else None)
+    link = Lineage(**value, data=tuple(map(tuple, data)), parent=_from_dict(parent) if parent else None)
+    if not all(isinstance(each, str) for each in (link.name, link.kind, link.weights_sha256)):
+        raise TypeError("name, kind and weights_sha256 are texts")
+    return link
