@@ -25,8 +25,6 @@ from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
 from tests.conftest import REPOSITORY
 from tests.rl.test_openrlhf import LEARNING_RATE, write_model
 
-for package in ("openrlhf", "ray", "vllm", "deepspeed"):
-    pytest.importorskip(package, reason=f"{package} is not installed")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1500),

@@ -21,8 +21,6 @@ from tests.rl.conftest import two_steps
 from tests.rl.test_nodes import enters, on_two_nodes
 from tests.slurm.cluster import Cluster
 
-for package in ("openrlhf", "ray", "vllm", "deepspeed"):
-    pytest.importorskip(package, reason=f"{package} is not installed")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
