@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     own = _parser().parse_args(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a conversion wants no GPU, and takes none from others
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's memory in pages of 2 MB: the kernel gives them faster
     own.run(own)
 
 

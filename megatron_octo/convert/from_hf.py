@@ -7,9 +7,7 @@ stay as they are. That, and that both models give the same logits, is checked be
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +16,7 @@ from megatron_octo.config.base import to_dict
 from megatron_octo.convert import hf_folder, sample, torch_dist
 from megatron_octo.convert.compare import compare_import
 from megatron_octo.convert.output import check_room, continued, finished
+from megatron_octo.convert.sums import Sums
 from megatron_octo.convert.verify import check_kept, is_verified
 from megatron_octo.convert.verify import verify as verify_import
 from megatron_octo.errors import BadInput
@@ -51,38 +50,38 @@ def from_hf(
     """
     log = console.logger(__name__)
     model = hf_folder.read_model_config(hf)
-    tensors = hf_folder.Weights(hf)
-    tensors.check(model)
-    done = finished(output, "import", overwrite=overwrite)
-    if done is not None:
-        if done.parent is None or done.parent.weights_sha256 != rundir.sha256_folder(hf, hf_folder.WEIGHT_FILES):
-            raise BadInput(f"{output} was made from other weights than {hf}", fix="give another folder, or --overwrite")
-        check_kept(output, done, torch_dist.WEIGHT_FILES)
-        if verify and not is_verified(output, logits=logits):
-            verify_import(output, hf, logits=logits, text=text, into=output)
-        log.info("%s is there already, made from %s", output, hf)
-        return output
-    weights = {(weight.key, weight.layer or 0): weight for weight in mapping.weights(model)}
-    pool = ThreadPoolExecutor(1)
-    hashed = functools.cache(lambda path: pool.submit(rundir.sha256, path))
-    pieces = list(_pieces(model, tensors, hashed))
-    check_room(output, sum(piece.num_bytes() for piece in pieces))
+    with Sums(hf.glob(hf_folder.WEIGHT_FILES)) as sums:
+        tensors = hf_folder.Weights(hf)
+        tensors.check(model)
+        done = finished(output, "import", overwrite=overwrite)
+        if done is not None:
+            if done.parent is None or done.parent.weights_sha256 != sums.total():
+                told = f"{output} was made from other weights than {hf}"
+                raise BadInput(told, fix="give another folder, or --overwrite")
+            check_kept(output, done, torch_dist.WEIGHT_FILES)
+            if verify and not is_verified(output, logits=logits):
+                verify_import(output, hf, logits=logits, text=text, into=output)
+            log.info("%s is there already, made from %s", output, hf)
+            return output
+        weights = {(weight.key, weight.layer or 0): weight for weight in mapping.weights(model)}
+        pieces = list(_pieces(model, tensors, sums))
+        check_room(output, sum(piece.num_bytes() for piece in pieces))
 
-    def check(reader: torch_dist.Reader, written: Sequence[torch_dist.Piece]) -> None:
-        if verify:
-            compare_import(reader, [weights[piece.key, piece.offset[0]] for piece in written], tensors)
+        def check(reader: torch_dist.Reader, written: Sequence[torch_dist.Piece]) -> None:
+            if verify:
+                compare_import(reader, [weights[piece.key, piece.offset[0]] for piece in written], tensors)
 
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in hf.glob(hf_folder.WEIGHT_FILES)}
-    plan = {"model": to_dict(model), "files": files, "code": lineage.code_version()}
-    with continued(output, plan) as folder, pool:
-        digest = torch_dist.write(folder, pieces, check=check)
-        rundir.write_json(folder / MODEL_FILE, to_dict(model))
-        hf_folder.copy_licence(hf, folder)
-        sums = {name: hashed(hf / name).result() for name in files}
-        parent = _parent(hf, name, rundir.sha256_files(sums))
-        lineage.write(folder, lineage.Lineage(name=parent.name, kind="import", weights_sha256=digest, parent=parent))
-        if verify:
-            verify_import(folder, hf, weights=False, logits=logits, text=text, into=folder)
+        files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in hf.glob(hf_folder.WEIGHT_FILES)}
+        plan = {"model": to_dict(model), "files": files, "code": lineage.code_version()}
+        with continued(output, plan) as folder:
+            digest = torch_dist.write(folder, pieces, check=check)
+            rundir.write_json(folder / MODEL_FILE, to_dict(model))
+            hf_folder.copy_licence(hf, folder)
+            parent = _parent(hf, name, sums.total())
+            link = lineage.Lineage(name=parent.name, kind="import", weights_sha256=digest, parent=parent)
+            lineage.write(folder, link)
+            if verify:
+                verify_import(folder, hf, weights=False, logits=logits, text=text, into=folder)
     log.info("%s: %s parameters from %s", output, f"{model.num_parameters:,}", hf)
     return output
 
@@ -94,9 +93,7 @@ def _parent(hf: Path, name: str, digest: str) -> lineage.Lineage:
     return lineage.Lineage(name=name or hf.resolve().name, kind="base", weights_sha256=digest)
 
 
-def _pieces(
-    model: ModelConfig, tensors: hf_folder.Weights, hashed: Callable[[Path], object]
-) -> Iterator[torch_dist.Piece]:
+def _pieces(model: ModelConfig, tensors: hf_folder.Weights, sums: Sums) -> Iterator[torch_dist.Piece]:
     dtypes: dict[str, object] = {}
     for weight in mapping.weights(model):
         found = {tensors.dtype(name) for name, _ in weight.parts}
@@ -106,7 +103,7 @@ def _pieces(
                 f"{tensors.folder}: the parts of {weight.key} are of several number formats",
                 fix="save the model in one format",
             )
-        yield _piece(weight, model, tensors, dtype, hashed)
+        yield _piece(weight, model, tensors, dtype, sums)
 
 
 def _piece(
@@ -114,7 +111,7 @@ def _piece(
     model: ModelConfig,
     tensors: hf_folder.Weights,
     dtype: object,
-    hashed: Callable[[Path], object],
+    sums: Sums,
 ) -> torch_dist.Piece:
     stacked = mapping.stacked_shape(weight, model)
     inside = weight.layer is not None
@@ -122,7 +119,7 @@ def _piece(
 
     def make() -> object:
         for name, _ in weight.parts:
-            hashed(tensors.file(name))  # begins with a file's first tensor, and has the rest in memory when it is read
+            sums.reach(tensors.file(name))
         return weight.join([tensors.read(name) for name, _ in weight.parts]).reshape(shape)
 
     return torch_dist.Piece(

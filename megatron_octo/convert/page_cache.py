@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
-from typing import IO, TYPE_CHECKING
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     import torch
@@ -12,6 +17,7 @@ if TYPE_CHECKING:
 LIBC = ctypes.CDLL(None)
 MADV_COLD = 20  # linux/mman.h; Python's mmap has no name for it
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+WRITE_EVERY_S = 0.05
 READ_AHEAD_BYTES = 128 << 10
 """The kernel reads no more at one request than a disk's own read-ahead, of which this is the usual one."""
 
@@ -32,11 +38,25 @@ def release(*mapped: torch.Tensor) -> None:
         _advise(*_pages(tensor), MADV_COLD)
 
 
-def start_writing(file: IO[bytes]) -> None:
-    """Have the kernel begin to put on the disk what `file` holds; left alone it lets the disk idle until an fsync."""
-    file.flush()
-    everything = ctypes.c_int64(0), ctypes.c_int64(0)
-    LIBC.sync_file_range(file.fileno(), *everything, SYNC_FILE_RANGE_WRITE)
+@contextlib.contextmanager
+def written_behind(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file, and have the kernel put on the disk what it is given meanwhile; it would wait for an fsync.
+
+    A thread of its own asks for it: the question takes until the disk has a free place.
+    """
+    closed = threading.Event()
+
+    def write(descriptor: int) -> None:
+        while not closed.wait(WRITE_EVERY_S):
+            everything = ctypes.c_int64(0), ctypes.c_int64(0)
+            LIBC.sync_file_range(descriptor, *everything, SYNC_FILE_RANGE_WRITE)
+
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
+        pool.submit(write, file.fileno())
+        try:
+            yield file
+        finally:
+            closed.set()
 
 
 def _pages(tensor: torch.Tensor) -> tuple[int, int]:

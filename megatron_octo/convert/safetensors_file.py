@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_octo.convert.page_cache import start_writing
+from megatron_octo.convert.page_cache import written_behind
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,11 @@ class Named:
 def write(path: Path, tensors: Sequence[Named], dtype: torch.dtype, *, wrote: Callable[[int], None]) -> None:
     """Write the tensors in `dtype`, made in the order given; `wrote` hears of bytes as they are written."""
     header, places = _header(tensors, dtype)
-    with path.open("wb") as file:
+    with written_behind(path) as file:
         file.write(header)
         for each, made in zip(tensors, _one_ahead(each.make() for each in tensors), strict=True):
             file.seek(len(header) + places[each.name])
             file.write(_bytes(made.to(dtype)))
-            start_writing(file)
             wrote(each.num_bytes(dtype))
 
 

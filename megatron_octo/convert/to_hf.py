@@ -6,10 +6,9 @@ config, tokenizer and lineage, and checks the result before it appears. Run it w
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from megatron_octo.convert.compare import compare_export
 from megatron_octo.convert.output import check_room, continued, finished
 from megatron_octo.convert.safetensors_file import Named
 from megatron_octo.convert.save import Save
+from megatron_octo.convert.sums import Sums
 from megatron_octo.convert.torch_dist import WEIGHT_FILES
 from megatron_octo.convert.verify import check_kept, is_verified
 from megatron_octo.convert.verify import verify as verify_export
@@ -58,52 +58,54 @@ def to_hf(
         VerificationError: the export is not the save's model; no `output` is left.
     """
     log = console.logger(__name__)
-    pool = ThreadPoolExecutor(1)
-    hashed = functools.cache(lambda path: pool.submit(rundir.sha256, path))
     known = lineage.read_if_present(save)
     is_import = known is not None and known.kind == "import"  # it has no checksums, which are looked at before
-    source = Save(save, config, on_read=hashed if is_import else None)
-    parent = source.lineage()
-    done = finished(output, "export", overwrite=overwrite)
-    words = hf_folder.read_tokenizer(tokenizer, source.model)
+    with Sums(save.glob(WEIGHT_FILES) if is_import else ()) as sums, ThreadPoolExecutor(1) as beside:
+        source = Save(save, config, on_read=sums.reach)
+        parent = source.lineage()
+        done = finished(output, "export", overwrite=overwrite)
+        words = beside.submit(hf_folder.read_tokenizer, tokenizer, source.model)  # imports for seconds
 
-    def write_settings(folder: Path) -> None:
-        hf_folder.write_settings(folder, source.model, words, dtype)
-        if chat_template == "plain":
-            hf_folder.write_plain_template(folder)
+        def write_settings(folder: Path) -> None:
+            hf_folder.write_settings(folder, source.model, words.result(), dtype)
+            if chat_template == "plain":
+                hf_folder.write_plain_template(folder)
 
-    def write_card(folder: Path, link: lineage.Lineage) -> None:
-        model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
+        def write_card(folder: Path, link: lineage.Lineage) -> None:
+            model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
 
-    if done is not None:
-        _check_same(output, done, parent, dtype)
-        _check_settings(output, write_settings)
-        check_kept(output, done, hf_folder.WEIGHT_FILES)
-        if verify and not is_verified(output, logits=logits):
-            verify_export(save, output, config, logits=logits, text=text)
-            write_card(output, done)
-        log.info("%s is there already, made from %s", output, save)
-        return output
-    if source.vocab_rows != source.model.vocab_size:
-        told = "%s has %s rows of a vocabulary of %s: the rest is padding, and left out"
-        log.info(told, save, f"{source.vocab_rows:,}", f"{source.model.vocab_size:,}")
-    check_room(output, hf_folder.num_bytes(source.model, dtype))
+        if done is not None:
+            _check_same(output, done, parent, dtype)
+            _check_settings(output, write_settings)
+            check_kept(output, done, hf_folder.WEIGHT_FILES)
+            if verify and not is_verified(output, logits=logits):
+                verify_export(save, output, config, logits=logits, text=text)
+                write_card(output, done)
+            log.info("%s is there already, made from %s", output, save)
+            return output
+        if source.vocab_rows != source.model.vocab_size:
+            told = "%s has %s rows of a vocabulary of %s: the rest is padding, and left out"
+            log.info(told, save, f"{source.vocab_rows:,}", f"{source.model.vocab_size:,}")
+        check_room(output, hf_folder.num_bytes(source.model, dtype))
 
-    def check(written: hf_folder.Weights) -> None:
-        if verify:
-            compare_export(source, written)
+        def check(written: hf_folder.Weights) -> None:
+            words.result()  # its error ends the work
+            if verify:
+                compare_export(source, written)
 
-    plan = {"weights_sha256": parent.weights_sha256, "dtype": dtype, "code": lineage.code_version()}
-    with continued(output, plan) as folder, pool:
-        digest = hf_folder.write_weights(folder, _tensors(source), dtype, check=check)
-        if is_import:
-            _check_import(save, parent, hashed)
-        write_settings(folder)
-        link = lineage.Lineage(name=parent.name, kind="export", weights_sha256=digest, step=parent.step, parent=parent)
-        lineage.write(folder, link)
-        if verify:
-            verify_export(save, folder, config, weights=False, logits=logits, text=text)
-        write_card(folder, link)
+        plan = {"weights_sha256": parent.weights_sha256, "dtype": dtype, "code": lineage.code_version()}
+        with continued(output, plan) as folder:
+            digest = hf_folder.write_weights(folder, _tensors(source), dtype, check=check)
+            if is_import and sums.total() != parent.weights_sha256:
+                raise BadInput(f"the import {save} was damaged since it was made", fix="import it again: --overwrite")
+            write_settings(folder)
+            link = lineage.Lineage(
+                name=parent.name, kind="export", weights_sha256=digest, step=parent.step, parent=parent
+            )
+            lineage.write(folder, link)
+            if verify:
+                verify_export(save, folder, config, weights=False, logits=logits, text=text)
+            write_card(folder, link)
     log.info("%s: %s, %s parameters", output, dtype, f"{source.model.num_parameters:,}")
     return output
 
@@ -114,13 +116,6 @@ def _check_same(output: Path, done: lineage.Lineage, parent: lineage.Lineage, dt
     found, wanted = rundir.read_json(output / hf_folder.CONFIG)["torch_dtype"], hf_folder.TORCH_NAMES[dtype]
     if found != wanted:
         raise BadInput(f"{output} is in {found}, not {wanted}", fix="give another folder, or --overwrite")
-
-
-def _check_import(save: Path, link: lineage.Lineage, hashed: Callable[[Path], Future[str]]) -> None:
-    """Refuse an import whose weights are not as they were written."""
-    sums = {path.name: hashed(path).result() for path in save.glob(WEIGHT_FILES)}
-    if rundir.sha256_files(sums) != link.weights_sha256:
-        raise BadInput(f"the import {save} was damaged since it was made", fix="import it again: --overwrite")
 
 
 def _check_settings(output: Path, write: Callable[[Path], None]) -> None:

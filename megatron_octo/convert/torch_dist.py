@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from megatron_octo import console
 from megatron_octo.convert.output import MAX_FILE_BYTES, into_files, write_files
-from megatron_octo.convert.page_cache import read_ahead, start_writing
+from megatron_octo.convert.page_cache import read_ahead, written_behind
 from megatron_octo.errors import BadInput, VerificationError
 from megatron_octo.model.untrusted import INDEX, read_index
 from megatron_octo.rundir import write_atomic, write_json
@@ -212,31 +212,37 @@ def write(
     index = Metadata(_descriptions(pieces), storage_data={}, version=CURRENT_DCP_VERSION)
     groups = into_files(pieces, Piece.num_bytes, max_file_bytes)
     files = {f"__0_{number}.distcp": group for number, group in enumerate(groups)}
-
-    def add(file: BinaryIO, name: str, where: MetadataIndex, content: object) -> None:
-        start = file.tell()
-        with serialization.patch("save.compute_crc32", False):  # a third of the time; torch.load looks at none
-            torch.save(content, file)
-        index.storage_data[where] = _StorageInfo(name, start, file.tell() - start)
+    places: dict[str, dict[MetadataIndex, _StorageInfo]] = {}
 
     def write_file(path: Path) -> None:
-        with path.open("wb") as file:
+        found = places[path.name] = {}
+
+        def add(where: MetadataIndex, content: object) -> None:
+            start = file.tell()
+            torch.save(content, file)
+            found[where] = _StorageInfo(path.name, start, file.tell() - start)
+
+        with written_behind(path) as file:
             if path.name == next(iter(files)):
-                add(file, path.name, MetadataIndex(COMMON_STATE), [{}])
+                add(MetadataIndex(COMMON_STATE), [{}])
             for piece in files[path.name]:
-                add(file, path.name, MetadataIndex(piece.key, piece.offset), _alone(piece.make()))
-                start_writing(file)
+                add(MetadataIndex(piece.key, piece.offset), _alone(piece.make()))
                 wrote(piece.num_bytes())
+
+    def check_file(path: Path) -> None:
+        index.storage_data.update(places.pop(path.name, {}))
+        check(Reader(path.parent, index), files[path.name])
         write_atomic(folder / INDEX, pickle.dumps(index))
 
     index.state_dict_metadata[COMMON_STATE] = BytesStorageMetadata()
     if (folder / INDEX).exists():
         index.storage_data.update(read_index(folder).storage_data)
-    with console.byte_meter("write weights", sum(piece.num_bytes() for piece in pieces)) as wrote:
+    with (
+        serialization.patch("save.compute_crc32", False),  # a third of the time; torch.load looks at none
+        console.byte_meter("write weights", sum(piece.num_bytes() for piece in pieces)) as wrote,
+    ):
         wrote(sum(piece.num_bytes() for name, group in files.items() if (folder / name).exists() for piece in group))
-        digest = write_files(
-            folder, list(files), write_file, lambda path: check(Reader(path.parent, index), files[path.name])
-        )
+        digest = write_files(folder, list(files), write_file, check_file)
     if read_index(folder) != index:
         raise VerificationError(f"{folder / INDEX} is not what was written", fix="look after the disk; convert again")
     write_json(folder / FORMAT_FILE, FORMAT)
