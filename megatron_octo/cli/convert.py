@@ -113,14 +113,16 @@ def _from_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import hf_folder, sample
     from megatron_octo.convert.from_hf import from_hf
     from megatron_octo.convert.hub_model import folder_of
+    from megatron_octo.convert.output import finished
 
-    hf = folder_of(own.hf, own.revision)
+    hf = folder_of(own.hf, own.revision, weights=False)
     model = hf_folder.read_model_config(hf)
-    if own.dry_run:
+    finished(own.output, "import", overwrite=own.overwrite)  # what can be refused is, before a long download
+    if own.dry_run and Path(own.hf).is_dir():
         hf_folder.Weights(hf).check(model)
-    else:
+    elif not own.dry_run:
         from_hf(
-            hf,
+            folder_of(own.hf, own.revision),
             own.output,
             name=Path(own.hf).name,
             verify=not own.skip_verify,
@@ -134,6 +136,7 @@ def _from_hf(own: argparse.Namespace) -> None:
 def _to_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import sample
     from megatron_octo.convert.hf_folder import read_tokenizer
+    from megatron_octo.convert.output import finished
     from megatron_octo.convert.save import Save, find_save
     from megatron_octo.convert.to_hf import to_hf
 
@@ -142,6 +145,7 @@ def _to_hf(own: argparse.Namespace) -> None:
     output = own.output or _default_output(source)
     tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
     if own.dry_run:
+        finished(output, "export", overwrite=own.overwrite)
         read_tokenizer(tokenizer, source.model)
     else:
         to_hf(

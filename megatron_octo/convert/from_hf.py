@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_octo import console, lineage, rundir
-from megatron_octo.config.base import to_dict
+from megatron_octo.config.base import read_settings, to_dict
+from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import hf_folder, sample, torch_dist
 from megatron_octo.convert.compare import compare_import
 from megatron_octo.convert.output import check_room, continued, finished
@@ -22,9 +22,6 @@ from megatron_octo.convert.verify import verify as verify_import
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
 from megatron_octo.model.weights import MODEL_FILE
-
-if TYPE_CHECKING:
-    from megatron_octo.config.model import ModelConfig
 
 
 def from_hf(
@@ -58,6 +55,7 @@ def from_hf(
             if done.parent is None or done.parent.weights_sha256 != sums.total():
                 told = f"{output} was made from other weights than {hf}"
                 raise BadInput(told, fix="give another folder, or --overwrite")
+            _check_same(output, model)
             check_kept(output, done, torch_dist.WEIGHT_FILES)
             if verify and not is_verified(output, logits=logits):
                 verify_import(output, hf, logits=logits, text=text, into=output)
@@ -73,7 +71,7 @@ def from_hf(
 
         files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in hf.glob(hf_folder.WEIGHT_FILES)}
         plan = {"model": to_dict(model), "files": files, "code": lineage.code_version()}
-        with continued(output, plan) as folder:
+        with continued(output, plan, torch_dist.KEPT) as folder:
             digest = torch_dist.write(folder, pieces, check=check)
             rundir.write_json(folder / MODEL_FILE, to_dict(model))
             hf_folder.copy_licence(hf, folder)
@@ -84,6 +82,17 @@ def from_hf(
                 verify_import(folder, hf, weights=False, logits=logits, text=text, into=folder)
     log.info("%s: %s parameters from %s", output, f"{model.num_parameters:,}", hf)
     return output
+
+
+def _check_same(output: Path, model: ModelConfig) -> None:
+    """Refuse a finished import whose settings are not those of its base by now."""
+    made_with = to_dict(read_settings(ModelConfig, output / MODEL_FILE))
+    lines = [f"{name}: {old!r}, now {new!r}" for name, old, new in rundir.differences(made_with, to_dict(model))]
+    if lines:
+        raise BadInput(
+            f"{output} was made with another {hf_folder.CONFIG}: {'; '.join(lines)}",
+            fix="give another folder, or --overwrite",
+        )
 
 
 def _parent(hf: Path, name: str, digest: str) -> lineage.Lineage:

@@ -71,6 +71,11 @@ class Weights:
         if folder.is_file():
             files = [folder]
         elif (folder / INDEX).exists():
+            if (folder / SINGLE).exists():
+                raise BadInput(
+                    f"{folder} holds two models: {SINGLE}, and that of {INDEX}",
+                    fix="take one away; transformers loads the first, whatever the second is",
+                )
             files = sorted({folder / file for file in _weight_map(folder / INDEX).values()})
         else:
             files = sorted(folder.glob(WEIGHT_FILES))
@@ -86,6 +91,11 @@ class Weights:
             try:
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 - it is not a dict
+                        if name in self.shapes:
+                            raise BadInput(
+                                f"{name} is in two files of {folder}: {self._files[name].name} and {file.name}",
+                                fix="take away the files that are not the model's",
+                            )
                         part = tensors.get_slice(name)
                         self._files[name] = file
                         self.shapes[name], self._dtypes[name] = tuple(part.get_shape()), part.get_dtype()
@@ -159,6 +169,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) and file for file in names.values()):
         raise BadInput(f"{index} has no weight_map of tensors and files", fix="download or write the folder again")
+    if elsewhere := [file for file in names.values() if Path(file).name != file]:
+        raise BadInput(f"{index} names {elsewhere[0]!r}", fix="put all weight files into the model's folder itself")
     return names
 
 
@@ -238,7 +250,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, for files that are JSON and make no sense
         raise BadInput(
             f"the tokenizer in {folder} cannot be loaded: {error}",
             fix="give all files of a tokenizer, whole; one that needs code of its own is not supported",
@@ -260,7 +272,8 @@ def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
             fix="give the tokenizer that the model was trained with",
         )
     stated = read_object(folder / GENERATION) if (folder / GENERATION).exists() else {}
-    ids = {name: stated.get(f"{name}_token_id", getattr(tokenizer, f"{name}_token_id")) for name in CONTROL}
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in CONTROL}
+    ids |= {name: stated[f"{name}_token_id"] for name in CONTROL if stated.get(f"{name}_token_id") is not None}
     for name, value in ids.items():
         each = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(one) is int and 0 <= one < model.vocab_size for one in each):

@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_octo.config.data import HubSource
-from megatron_octo.convert.hf_folder import CONFIG, LICENCE_FILES, TOKENIZER_FILES
+from megatron_octo.convert.hf_folder import CONFIG, LICENCE_FILES, TOKENIZER_FILES, WEIGHT_FILES
 from megatron_octo.data.hub import MODEL, explained
 from megatron_octo.errors import BadInput
 
-FILES = ("*.safetensors", "*.json", *(name for name in TOKENIZER_FILES if not name.endswith(".json")), *LICENCE_FILES)
+SETTINGS = ("*.json", *(name for name in TOKENIZER_FILES if not name.endswith(".json")), *LICENCE_FILES)
+FILES = (WEIGHT_FILES, *SETTINGS)
 """Weights without code, settings, tokenizer, licence; no pickles, and no subfolder's second copy of the weights."""
 
 
-def folder_of(name: str, revision: str | None) -> Path:
+def folder_of(name: str, revision: str | None, *, weights: bool = True) -> Path:
     """`name` where it is a folder; else the files of the Hub's model `name` (`owner/name`), in huggingface_hub's cache.
+
+    Without `weights`, all but these are downloaded.
 
     Raises:
         BadInput: it is neither; or the Hub cannot be reached, or does not give us the model.
@@ -28,10 +31,10 @@ def folder_of(name: str, revision: str | None) -> Path:
         raise BadInput(f"no such folder: {name}", fix="give a model's folder, or its name on the Hub: owner/name")
     from huggingface_hub import snapshot_download
 
-    hub = HubSource(repository=name, revision=revision or "main", files=FILES)
+    hub = HubSource(repository=name, revision=revision or "main", files=FILES if weights else SETTINGS)
     with explained(hub, MODEL):
         folder = Path(
-            snapshot_download(name, revision=hub.revision, allow_patterns=list(FILES), ignore_patterns=["*/*"])
+            snapshot_download(name, revision=hub.revision, allow_patterns=list(hub.files), ignore_patterns=["*/*"])
         )
     if not (folder / CONFIG).is_file():
         raise BadInput(f"model {name} on the Hub has no {CONFIG}", fix="choose a model in transformers' format")

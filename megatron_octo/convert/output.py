@@ -25,9 +25,15 @@ def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Li
     Raises:
         BadInput: `output` holds something that no conversion of this `kind` wrote, or lies below a file.
     """
-    above = next(each for each in output.resolve().parents if each.exists())
+    try:
+        place = output.resolve()
+        above = next(each for each in (*place.parents, place) if each.exists())
+    except (OSError, RuntimeError) as error:  # links that go round in circles
+        raise BadInput(f"output {output} leads nowhere: {error}", fix="give another folder") from None
     if not above.is_dir():
         raise BadInput(f"{above} is a file: {output} cannot lie below it", fix="give another folder")
+    if place.is_mount():  # it cannot be moved to its name at the end
+        raise BadInput(f"output {output} is a disk of its own", fix="give a folder in it")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     found = lineage.read_if_present(output) if rundir.is_done(output) else None
@@ -45,7 +51,7 @@ def check_room(output: Path, num_bytes: int) -> None:
         BadInput: so it is.
     """
     left = sum(path.stat().st_size for path in _partial_folder(output).rglob("*"))
-    free = rundir.free_bytes(output) + left
+    free = rundir.free_bytes(output.resolve()) + left
     if free < num_bytes:
         raise BadInput(
             f"the weights take {console.size(num_bytes)} on the disk of {output}, and {console.size(free)} are free",
@@ -54,10 +60,11 @@ def check_room(output: Path, num_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
+def continued(output: Path, plan: dict[str, Any], kept: Sequence[str]) -> Iterator[Path]:
     """Yield a folder that becomes `output`, marked DONE, when the block ends without an error.
 
-    It holds what an attempt with the same `plan` left when it was killed; after an error nothing of it stays.
+    It holds the files of the patterns `kept` that an attempt with the same `plan` left when it was killed; after an
+    error nothing of it stays.
 
     Raises:
         BadInput: another process is at it.
@@ -69,7 +76,7 @@ def continued(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
         same = (partial / PLAN).exists() and rundir.read_json(partial / PLAN) == plan
         shutil.rmtree(partial / UNFINISHED, ignore_errors=True)
         for path in partial.iterdir():
-            if path.name != rundir.LOCK and not (same and path.suffix != ".tmp"):
+            if path.name != rundir.LOCK and not (same and any(map(path.match, kept))):
                 path.unlink()
         rundir.write_json(partial / PLAN, plan)
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_octo.convert.page_cache import written_behind
+from megatron_octo.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +39,17 @@ class Named:
 
 
 def write(path: Path, tensors: Sequence[Named], dtype: torch.dtype, *, wrote: Callable[[int], None]) -> None:
-    """Write the tensors in `dtype`, made in the order given; `wrote` hears of bytes as they are written."""
+    """Write the tensors in `dtype`, made in the order given; `wrote` hears of bytes as they are written.
+
+    Raises:
+        BadInput: a number is too large for `dtype`.
+    """
     header, places = _header(tensors, dtype)
     with written_behind(path) as file:
         file.write(header)
         for each, made in zip(tensors, _one_ahead(each.make() for each in tensors), strict=True):
             file.seek(len(header) + places[each.name])
-            file.write(_bytes(made.to(dtype)))
+            file.write(_bytes(_as(made, dtype, each.name)))
             wrote(each.num_bytes(dtype))
 
 
@@ -69,6 +74,14 @@ def _header(tensors: Sequence[Named], dtype: torch.dtype) -> tuple[bytes, dict[s
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNED_BYTES)
     return len(text).to_bytes(8, "little") + text, places
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The tensor in another number format; BadInput where that makes a number infinite."""
+    result = tensor.to(dtype)
+    if dtype != tensor.dtype and not result.isfinite().equal(tensor.isfinite()):
+        raise BadInput(f"{name} has numbers too large for {dtype}", fix="give another --dtype")
+    return result
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

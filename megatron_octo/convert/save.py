@@ -163,7 +163,9 @@ class Save:
             )
 
     def _fix(self) -> str:
-        return "give --config of this model" if self._config else "do not edit a save's files; take another save"
+        if self._config is None:
+            return "do not edit a save's files; take another save"
+        return f"give --config of this model; padded rows of a vocabulary make multiples of {ROWS_A_RANK} x ranks"
 
 
 def per_layer(key: str, layer: int | None) -> str:

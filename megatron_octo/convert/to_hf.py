@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_octo import console, lineage, rundir
+from megatron_octo.config.base import to_dict
 from megatron_octo.config.train import ChatTemplate
 from megatron_octo.convert import hf_folder, model_card, sample
 from megatron_octo.convert.compare import compare_export
@@ -93,8 +94,13 @@ def to_hf(
             if verify:
                 compare_export(source, written)
 
-        plan = {"weights_sha256": parent.weights_sha256, "dtype": dtype, "code": lineage.code_version()}
-        with continued(output, plan) as folder:
+        plan = {
+            "weights_sha256": parent.weights_sha256,
+            "model": to_dict(source.model),
+            "dtype": dtype,
+            "code": lineage.code_version(),
+        }
+        with continued(output, plan, (hf_folder.WEIGHT_FILES,)) as folder:
             digest = hf_folder.write_weights(folder, _tensors(source), dtype, check=check)
             if is_import and sums.total() != parent.weights_sha256:
                 raise BadInput(f"the import {save} was damaged since it was made", fix="import it again: --overwrite")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 FORMAT_FILE = "metadata.json"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 WEIGHT_FILES = "*.distcp"
+KEPT = (WEIGHT_FILES, INDEX)
+"""Of a checkpoint whose writing was cut off."""
 COMMON_STATE = "common_state/shard_0_1"
 """megatron looks its unsharded state up under this key; weights alone have none, so it is empty."""
 
@@ -160,7 +162,9 @@ def _mapped(path: Path, offset: int, length: int) -> torch.Tensor:
             shell = torch.load(_create_file_view(file, offset, length), map_location="cpu", weights_only=True)
         content = mmap.mmap(file.fileno(), page + length, offset=offset - page, access=mmap.ACCESS_COPY)
     archive = zipfile.ZipFile(cast(BinaryIO, content))
-    entry = next(each for each in archive.infolist() if each.filename.endswith(NUMBERS))
+    entry = next((each for each in archive.infolist() if each.filename.endswith(NUMBERS)), None)
+    if not isinstance(shell, torch.Tensor) or entry is None or entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("it is no tensor")
     if not shell.is_contiguous() or entry.file_size != shell.nbytes:
         raise ValueError("it is a view of other numbers")
     if not shell.numel():
