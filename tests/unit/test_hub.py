@@ -350,6 +350,16 @@ def test_a_model_is_converted_by_its_name_on_the_hub(from_hf, tmp_path, revision
     assert (export / "model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
 
 
+def test_no_weights_are_downloaded_of_a_model_that_is_refused_nor_on_a_dry_run(from_hf, models, tmp_path):
+    (tmp_path / "import").mkdir()
+    (tmp_path / "import" / "file").touch()
+    assert from_hf("owner/model")[0] == 2  # its config.json says nothing
+    assert from_hf("owner/Llama-real")[0] == 2  # OUT holds something else
+    (tmp_path / "import" / "file").unlink()
+    assert from_hf("owner/Llama-real", "--dry-run")[0] == 0
+    assert "config.json" in str(models.asked) and "safetensors" not in str([path for _, path, _ in models.asked])
+
+
 def test_a_gated_model_is_converted_with_a_token_and_told_in_one_message_without(from_hf, monkeypatch, tmp_path):
     code, out, err = from_hf("owner/gated-model")
     assert (code, out) == (2, "") and err.count("fix: ") == 1 and "Traceback" not in err
