@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -41,9 +42,7 @@ def require_name(name: str) -> None:
 
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Settings as plain JSON values; `from_dict` is its inverse."""
-    from pydantic import TypeAdapter
-
-    value: dict[str, Any] = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    value: dict[str, Any] = _adapter(type(settings)).dump_python(settings, mode="json")  # type: ignore[arg-type]
     return value
 
 
@@ -54,14 +53,22 @@ def from_dict[S: "Settings"](kind: type[S], value: Any, *, origin: str, strict: 
         BadInput: an unknown key, a wrong type, or values that contradict each other. `origin` (a
             file name, say) is named in the message.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    adapter = TypeAdapter(kind)
+    adapter = _adapter(kind)  # type: ignore[arg-type]
     try:
         return adapter.validate_json(json.dumps(value), strict=True) if strict else adapter.validate_python(value)
     except ValidationError as error:
         lines = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise BadInput(f"{origin} holds no valid {kind.__name__}:\n{lines}", fix="correct the named fields") from None
+
+
+@functools.cache
+def _adapter(kind: type[Settings]) -> Any:
+    """Pydantic's view of a settings class. To make one is slow, and a stage asks for its own a dozen times."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def fingerprint(settings: Settings) -> str:

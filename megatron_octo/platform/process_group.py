@@ -87,26 +87,22 @@ def model_parallel(
     platform.activate()
     from megatron.core import parallel_state, tensor_parallel
 
-    ours = not dist.is_initialized()
-    if ours:
-        _init(platform, me)
-    try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-            context_parallel_size=parallel.context,
-        )
-        stage_seed = seed + PIPELINE_SEED_OFFSET * parallel_state.get_pipeline_model_parallel_rank()
-        torch.manual_seed(stage_seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(
-            stage_seed, te_rng_tracker=cuda_graphs, force_reset_rng=cuda_graphs
-        )
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        if ours:
-            dist.destroy_process_group()
+    with contextlib.nullcontext() if dist.is_initialized() else _process_group(platform, me):
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor,
+                pipeline_model_parallel_size=parallel.pipeline,
+                virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+                context_parallel_size=parallel.context,
+            )
+            stage_seed = seed + PIPELINE_SEED_OFFSET * parallel_state.get_pipeline_model_parallel_rank()
+            torch.manual_seed(stage_seed)
+            tensor_parallel.model_parallel_cuda_manual_seed(
+                stage_seed, te_rng_tracker=cuda_graphs, force_reset_rng=cuda_graphs
+            )
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
 
 
 def _order_kernels(platform: Platform, parallel: ParallelConfig) -> None:
@@ -119,12 +115,24 @@ def _order_kernels(platform: Platform, parallel: ParallelConfig) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def _init(platform: Platform, me: World) -> None:
+@contextlib.contextmanager
+def _process_group(platform: Platform, me: World) -> Iterator[None]:
+    """A process group for the block. The environment says who this rank is, for logs and for megatron.
+
+    A process that is alone has its environment back afterwards; ranks still have to be told apart in the logs.
+    """
     import torch.distributed as dist
 
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(me.rank), str(me.size)  # for logs, and for megatron
-    os.environ.setdefault("LOCAL_RANK", str(me.local_rank))
+    said = {"RANK": str(me.rank), "WORLD_SIZE": str(me.size), "LOCAL_RANK": str(me.local_rank)}
+    new = said.keys() - os.environ.keys()
+    os.environ |= said
     if me.size == 1:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(platform.backend)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        for name in new if me.size == 1 else ():
+            del os.environ[name]

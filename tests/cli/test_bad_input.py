@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_octo.cli.app import main
 from megatron_octo.rundir import mark_done
 from tests.conftest import REPOSITORY, Octo, snapshot
 
@@ -192,13 +193,12 @@ def test_a_pipeline_folder_with_another_config(refused, runs, octo):
 
 
 @pytest.fixture
-def prepared(runs: Path, octo: Octo) -> str:
+def prepared(runs: Path) -> str:
     """The miniature's stable recipe with small prepared data and an import folder that looks whole."""
     overrides = ("--corpora.num-rl-problems", "8", "--corpora.num-heldout-problems", "8")
     small = ["--corpora.documents", *(part for name in ("web", "short", "long", "chat") for part in (name, "300"))]
     for stage in ("generate", "tokenizer", "prepare"):
-        done = octo("data", stage, "recipes/miniature.py", *overrides, *small)
-        assert done.returncode == 0, done.stderr
+        assert main(["data", stage, str(REPOSITORY / "recipes" / "miniature.py"), *overrides, *small]) == 0
     folder = runs / "miniature" / "base-megatron"
     folder.mkdir()
     mark_done(folder)

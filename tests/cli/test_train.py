@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_octo import rundir
+from megatron_octo.cli.app import main
 from megatron_octo.config.base import to_dict
 from megatron_octo.train.state import read_state
 from tests.finished_runs import write_stable_saves
@@ -76,16 +77,16 @@ def test_a_dry_run_and_a_proof_are_not_asked_for_together(octo):
     assert "give one of them" in done.stderr
 
 
-def test_a_resume_is_proven_and_a_shifted_position_is_exit_code_1(octo, recipe):
-    done = octo("train", recipe, "--verify-resume", "--batches", "5", "--json")
-    assert done.returncode == 0, done.stderr
-    proof = json.loads(done.stdout)
+def test_a_resume_is_proven_and_a_shifted_position_is_exit_code_1(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["train", str(recipe), "--verify-resume", "--batches", "5", "--json"]) == 0
+    proof = json.loads(capsys.readouterr().out)
     assert proof["holds"]
     assert (proof["first_batch"], proof["last_batch"]) == (11, 15)
     save = rundir.step_folder(rundir.run_folder("run"), SAVED)
     state = read_state(save)
     replace(state, consumed_sequences=state.consumed_sequences + 8).write(save)
-    done = octo("train", rundir.run_folder("run") / "config.json", "--verify-resume", "--batches", "5")
-    assert done.returncode == 1
-    assert "differ from batch 11 on" in done.stdout
-    assert "would not read what an index built afresh says" in done.stderr
+    assert main(["train", str(rundir.run_folder("run") / "config.json"), "--verify-resume", "--batches", "5"]) == 1
+    said = capsys.readouterr()
+    assert "differ from batch 11 on" in said.out
+    assert "would not read what an index built afresh says" in said.err

@@ -1,13 +1,12 @@
 """What two ranks do for `test_memory.py`, in one launch: build a stage's model and optimizer, layout after layout, and
 write down what each rank holds; and how far the ranks of a pipeline run ahead.
 
-Run by torchrun with two ranks: `-m tests.cpu.footprint FOLDER`. Each rank writes RANK.json: a row a case.
+Both call `main`. Each rank writes RANK.json: a row a case.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +60,7 @@ def case(name: str) -> MidTrainConfig:
     )
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     """Measure every case. Both ranks call it."""
     import torch.distributed as dist
 
@@ -82,7 +81,7 @@ def main(folder: Path) -> None:
     for name in CASES:
         with model_parallel(platform, case(name).parallel):
             rows[name] = measure(case(name), platform)
-    rundir.write_json(folder / f"{os.environ['RANK']}.json", rows)
+    rundir.write_json(Path(folder) / f"{os.environ['RANK']}.json", rows)
     dist.destroy_process_group()
 
 
@@ -159,7 +158,3 @@ def kept_bytes(chunk: Any, config: MidTrainConfig) -> int:
 def nbytes(tensor: Any) -> int:
     """A tensor's bytes."""
     return int(tensor.numel() * tensor.element_size())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

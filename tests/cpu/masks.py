@@ -1,15 +1,14 @@
 """What two ranks do for `test_masks.py`, in one launch: small stages with attention cut at documents and loss on
 answers only, one after another.
 
-Run by torchrun with two ranks: `-m tests.cpu.masks FOLDER`. Rank 0 first trains and computes alone, without a group;
-then both train together, layout after layout. The metrics are in the run folders, what was computed in checks.json.
-Run once more, with four ranks, all train in a pipeline whose middle holds neither embedding nor output layer.
+Two ranks call `main`. Rank 0 first trains and computes alone, without a group; then both train together, layout after
+layout. The metrics are in the run folders, what was computed in checks.json.
+Called once more, by four ranks, all train in a pipeline whose middle holds neither embedding nor output layer.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,8 +34,9 @@ SPARSE_LAYOUTS = ("dp2", "pp2")
 INIT_STD = 0.15  # attention that depends on positions, as a trained model's does
 
 
-def main(folder: Path) -> None:
-    """Train and compute everything below `folder`."""
+def main(work: str) -> None:
+    """Train and compute everything below `work`."""
+    folder = Path(work)
     console.configure()
     os.environ["OCTO_RUNS"] = str(folder / "runs")
     if int(os.environ["WORLD_SIZE"]) == 4:
@@ -242,7 +242,3 @@ def loss_and_gradient(model: Any, predicted: Any, rows: list[dict[str, Any]]) ->
 def largest(difference: Any) -> float:
     """The largest absolute value."""
     return float(difference.abs().max())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,14 +1,13 @@
 """What two ranks do for `test_train.py`, in one launch: many small stages, one after another.
 
-Run by torchrun with two ranks: `-m tests.cpu.matrix FOLDER`. Rank 0 first trains alone, without a group; then
-both train together, layout after layout; then rank 0 alone again. The metrics are in the run folders.
+Both call `main`. Rank 0 first trains alone, without a group; then both train together, layout after layout; then
+rank 0 alone again. The metrics are in the run folders.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,11 +40,13 @@ LAYOUTS = {
 # A save of the layout before the arrow is resumed by the one after it.
 CHANGES = {"tp2-sp": "pp2", "pp2": "dp2", "pp2-vpp2": "tp2", "dp2": "pp2-vpp2"}
 BF16_LAYOUTS = ("dp2", "tp2-sp", "pp2")
+BF16_STEPS = 8
 PEAK = 3e-3
 
 
-def main(folder: Path) -> None:
-    """Train everything below `folder`."""
+def main(work: str) -> None:
+    """Train everything below `work`."""
+    folder = Path(work)
     console.configure()
     os.environ["OCTO_RUNS"] = str(folder / "runs")
     rank = int(os.environ["RANK"])
@@ -201,8 +202,8 @@ def reweighed(folder: Path, name: str) -> MidTrainConfig:
 
 
 def bf16(folder: Path, name: str, *, moments: bool = True) -> MidTrainConfig:
-    """20 steps in bf16 from weights that were trained in fp32."""
-    small = replace(stage(folder / "data", name, steps=20), start=FromRun(run="base", optimizer=moments))
+    """Some steps in bf16 from weights that were trained in fp32."""
+    small = replace(stage(folder / "data", name, steps=BF16_STEPS), start=FromRun(run="base", optimizer=moments))
     return replace(small, precision=PrecisionConfig(dtype="bf16"))
 
 
@@ -234,14 +235,10 @@ def interrupt(source: str, name: str, *, after: int) -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Without torchrun's variables: this process is one rank, without a group."""
+    """Without a launcher's variables: this process is one rank, without a group."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
         os.environ.update(kept)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -67,7 +67,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def single(work: Path, zygote: Zygote) -> dict[str, Any]:
     """What one process found out."""
-    _launch(zygote, "write_findings", work, ranks=1)
+    zygote.run(f"{__name__}:write_findings", work, log=work / "findings.log", timeout_s=540)
     found: dict[str, Any] = rundir.read_json(work / "single.json")
     return found
 
@@ -75,7 +75,7 @@ def single(work: Path, zygote: Zygote) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def layouts(work: Path, zygote: Zygote) -> Path:
     """A folder of saves: the import, loaded and saved again by four ranks at each layout."""
-    _launch(zygote, "write_layouts", work, ranks=4)
+    zygote.run(f"{__name__}:write_layouts", work, log=work / "layouts.log", ranks=4, timeout_s=540)
     return work / "layouts"
 
 
@@ -211,12 +211,6 @@ def _randomise_norms(file: Path) -> None:
         if tensor.dim() == 1:
             tensor.copy_(torch.rand(tensor.shape, generator=draw) + 0.5)
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-def _launch(zygote: Zygote, function: str, work: Path, *, ranks: int) -> None:
-    log = work / f"{function}.log"
-    codes = zygote.call(f"tests.cpu.test_convert:{function}", str(work), log=log, ranks=ranks).wait(540)
-    assert codes == [0] * ranks, log.read_text()[-4000:]
 
 
 # ---- what the launches do

@@ -99,8 +99,7 @@ def results(
     write_base(name, work)
     for function, ranks in (("write_import", 1), ("write_layouts", CASES[name].ranks), ("write_exports", 1)):
         log = work / f"{function}.log"
-        codes = zygote.call(f"{__name__}:{function}", name, work, log=log, ranks=ranks).wait(1500)
-        assert codes == [0] * ranks, log.read_text()[-4000:]
+        zygote.run(f"{__name__}:{function}", name, work, log=log, ranks=ranks, timeout_s=1500)
     return CASES[name], work, rundir.read_json(work / "found.json")
 
 
@@ -143,6 +142,7 @@ def test_a_trained_model_tells_its_story(results: tuple[Case, Path, dict[str, An
     assert told.strip().startswith((STORIES / "golden_greedy.txt").read_text())
 
 
+@pytest.mark.slow  # the tests of evaluation have vLLM and transformers agree
 @pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (pip install 'megatron_octo[evaluate]')"
 )

@@ -17,6 +17,13 @@ POSITIONS = 64
 PROBLEMS = ("w3 w1 w4", "w1", "w5 w9 w2 w6 w5 w3 w5", "w8 w9 w7", "w9 w3")
 MANY = [" ".join(f"w{(start + n) % 94}" for n in range(50)) for start in range(50)]  # no two begin alike
 GIB = 2**30
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,  # so few that the scaling shows in these answers
+}
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -98,6 +105,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _models(folder: Path) -> None:
     """Tiny float32 Llamas over words w0, w1, ...: one word, one id, so that equal text means equal tokens.
 
+    Model a is tied; b is not, and has the rotary scaling of Llama 3, said as our exports say it.
+
     The tokenizer begins a text with a special token of its own accord, which no prompt may carry.
     """
     import torch
@@ -126,6 +135,10 @@ def _models(folder: Path) -> None:
         shape.update({"num_attention_heads": heads, "num_key_value_heads": heads // 2, "head_dim": 64 // heads})
         LlamaForCausalLM(shape).save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
+        shape.tie_word_embeddings = False
+    config = json.loads((folder / "b/config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "b/config.json").write_text(json.dumps({**config, "rope_theta": 10_000.0, "rope_scaling": LLAMA_3_ROPE}))
 
 
 def _result(folder: Path) -> dict[str, Any]:

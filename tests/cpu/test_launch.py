@@ -64,7 +64,7 @@ def wait_for(what: Callable[[], bool], recipe: Path) -> None:
         time.sleep(0.2)
 
 
-def test_a_killed_launch_leaves_no_rank_and_goes_on_from_its_last_save(recipe):
+def test_a_killed_launch_leaves_no_rank_and_goes_on_from_its_last_save_until_an_interrupt_ends_all_ranks(recipe):
     run = rundir.run_folder("run")
     with started(recipe, "--ranks", "2") as process:
         wait_for(lambda: bool(saved_steps(run)), recipe)
@@ -74,27 +74,20 @@ def test_a_killed_launch_leaves_no_rank_and_goes_on_from_its_last_save(recipe):
         wait_for(lambda: not rundir.in_use(run), recipe)
     step = saved_steps(run)[-1]
 
-    with started(recipe) as process:  # one rank: another layout
+    with started(recipe, "--ranks", "2") as process:
         wait_for(lambda: saved_steps(run)[-1] > step, recipe)
         process.send_signal(signal.SIGINT)
         assert process.wait(WAIT_S) == 130
-    assert f"resumed after step {step:,}" in (recipe.parent / "stderr").read_text()
+    log = (recipe.parent / "stderr").read_text()
+    assert f"resumed after step {step:,}" in log
+    assert "interrupted; run it again to continue" in log
+    assert not rundir.in_use(run)
     assert not rundir.is_done(run)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
 
 
-def test_an_interrupt_ends_all_ranks(recipe):
-    run = rundir.run_folder("run")
-    with started(recipe, "--ranks", "2") as process:
-        wait_for((run / "metrics.jsonl").exists, recipe)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(WAIT_S) == 130
-    assert not rundir.in_use(run)
-    assert "interrupted; run it again to continue" in (recipe.parent / "stderr").read_text()
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_launch_that_is_asked_to_end_saves_and_ends_well(recipe, signum):
     run = rundir.run_folder("run")
     with started(recipe, "--ranks", "2") as process:

@@ -22,8 +22,8 @@ from megatron_octo.data.borders import cut_at_documents
 from megatron_octo.data.loader import build_dataset
 from megatron_octo.data.mixture import read_mixture
 from tests.cpu.masks import CUT_LAYOUTS, SPARSE_BATCH, SPARSE_LAYOUTS, SPARSE_STEPS, STEPS, write_marks
+from tests.cpu.zygote import Zygote
 from tests.prepared import EOS, VOCAB, write_documents, write_tokenizer
-from tests.ranks import ended_well, launch
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make setup")
 
@@ -111,15 +111,11 @@ def test_the_labels_that_count_are_the_marked_ones(lengths, seq_length, seed, se
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Path:
     """Where two ranks have trained everything in `masks.py`."""
     path = tmp_path_factory.mktemp("masks")
-    _launch(path, ranks=2)
+    zygote.run("tests.cpu.masks:main", path, log=path / "log", ranks=2, timeout_s=LAUNCH_TIMEOUT_S)
     return path
-
-
-def _launch(folder: Path, *, ranks: int) -> None:
-    ended_well(launch("tests.cpu.masks", folder, timeout_s=LAUNCH_TIMEOUT_S, ranks=ranks))
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +164,8 @@ def test_a_cut_run_agrees_with_one_rank(layout, metrics):
 
 
 @pytest.mark.slow
-def test_stages_in_the_middle_of_a_pipeline_cut_too(folder, metrics):
-    _launch(folder, ranks=4)
+def test_stages_in_the_middle_of_a_pipeline_cut_too(folder, metrics, zygote):
+    zygote.run("tests.cpu.masks:main", folder, log=folder / "log", ranks=4, timeout_s=LAUNCH_TIMEOUT_S)
     _agree(metrics("cut-pp4"), metrics("cut"))
 
 

@@ -15,7 +15,7 @@ from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.plan.memory import DTYPE_BYTES, chunks_in_flight, layer_bytes, stage_memory, stage_parameters
 from megatron_octo.rundir import read_json
 from tests.cpu.footprint import CASES, MICRO_BATCHES, PIPELINES, SEQ_LENGTH, TIED, case
-from tests.ranks import ended_well, launch
+from tests.cpu.zygote import Zygote
 
 LAUNCH_TIMEOUT_S = 400
 PADDING = 0.01  # megatron rounds the buffers of gradients and moments up to 128 elements a rank
@@ -27,10 +27,10 @@ pytestmark = pytest.mark.timeout(LAUNCH_TIMEOUT_S + 60)
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def rows(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> list[dict[str, Any]]:
     """What each rank wrote."""
     folder = tmp_path_factory.mktemp("footprint")
-    ended_well(launch("tests.cpu.footprint", folder, timeout_s=LAUNCH_TIMEOUT_S))
+    zygote.run("tests.cpu.footprint:main", folder, log=folder / "log", ranks=2, timeout_s=LAUNCH_TIMEOUT_S)
     return [read_json(folder / f"{rank}.json") for rank in range(2)]
 
 

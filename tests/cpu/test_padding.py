@@ -22,6 +22,7 @@ ROWS = 96  # of four tensor-parallel ranks' 24, the third's are padding in part,
 TOLERANCE = 5e-6  # CONTRIBUTING.md
 EMBEDDING = "embedding.word_embeddings.weight"
 PADDING = 1.0  # far above what else is in the embedding
+STEPS, SAVED = 10, 5
 LAYOUTS = {"tp1": ParallelConfig(), "tp2": ParallelConfig(tensor=2), "tp4": ParallelConfig(tensor=4, sequence=True)}
 
 pytestmark = pytest.mark.timeout(600)
@@ -62,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Path:
         model = replace(MODEL, num_kv_heads=4, vocab_size=vocab_size)
         if not (folder / str(vocab_size)).exists():
             write_import(folder / str(vocab_size), model)
-        small = stage(folder / "data", name, steps=20, save_every=10)
+        small = stage(folder / "data", name, steps=STEPS, save_every=SAVED)
         start = FromImport(path=folder / str(vocab_size))
         numbers = replace(small.optimizer, weight_decay=0.0)
         return replace(small, model=model, start=start, parallel=parallel, optimizer=numbers)
@@ -75,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Path:
             assert set(codes) == {0}, (folder / "log").read_text()[-3000:]
         again = config("tp4-then-tp1", ROWS, ParallelConfig())
         rundir.write_json(runs / again.name / "config.json", to_dict(replace(again, log_every_steps=1)))
-        for name in ("lineage.json", "metrics.jsonl", "checkpoints/step_00000010"):
+        for name in ("lineage.json", "metrics.jsonl", f"checkpoints/step_{SAVED:08d}"):
             source, target = runs / "tp4" / name, runs / again.name / name
             target.parent.mkdir(exist_ok=True)
             (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
@@ -86,21 +87,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Path:
 @pytest.mark.parametrize("name", [*LAYOUTS, "tp4-then-tp1"])
 def test_padding_changes_no_loss_and_no_gradient(name, folder):
     ours, theirs = rows(folder / "runs" / name), rows(folder / "runs" / "exact")
-    assert len(ours) == len(theirs) == 20
+    assert len(ours) == len(theirs) == STEPS
     assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], abs=TOLERANCE)
     assert [row[3] for row in ours] == pytest.approx([row[3] for row in theirs], rel=1e-5)
 
 
 def test_a_save_of_four_tensor_parallel_ranks_goes_on_with_one(folder):
-    assert "resumed after step 10" in (folder / "log").read_text()
+    assert f"resumed after step {SAVED}" in (folder / "log").read_text()
     ours = rows(folder / "runs" / "tp4-then-tp1")
-    assert ours[:10] == rows(folder / "runs" / "tp4")[:10]
-    assert ours[10:] != rows(folder / "runs" / "tp4")[10:]  # one rank did run
+    assert ours[:SAVED] == rows(folder / "runs" / "tp4")[:SAVED]
+    assert ours[SAVED:] != rows(folder / "runs" / "tp4")[SAVED:]  # one rank did run
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "tp4-then-tp1"])
 def test_padding_has_exactly_no_gradient(name, folder):
-    reader = torch_dist.Reader(rundir.step_folder(folder / "runs" / name, 20))
+    reader = torch_dist.Reader(rundir.step_folder(folder / "runs" / name, STEPS))
     for moment in ("exp_avg", "exp_avg_sq"):
         numbers = reader.read(f"optimizer.state.{moment}.{EMBEDDING}")
         assert torch.count_nonzero(numbers[VOCAB:]) == 0
@@ -110,5 +111,5 @@ def test_padding_has_exactly_no_gradient(name, folder):
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_the_rows_are_the_models_at_any_tensor_parallel_size(name, folder):
-    reader = torch_dist.Reader(rundir.step_folder(folder / "runs" / name, 20))
+    reader = torch_dist.Reader(rundir.step_folder(folder / "runs" / name, STEPS))
     assert reader.shape(EMBEDDING) == (ROWS, MODEL.hidden_size)

@@ -196,7 +196,7 @@ def chosen(operations: list[str], every_write: int, every_other: int) -> list[in
 
 @pytest.mark.parametrize(
     ("every_write", "every_other", "at_least"),
-    [(70, 8, 6), pytest.param(1, 1, 180, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    [(140, 16, 4), pytest.param(1, 1, 180, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
 )
 @pytest.mark.parametrize("mode", ["kill", "error", "full"])
 def test_wherever_a_save_breaks_a_good_one_is_selected(

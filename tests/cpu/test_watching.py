@@ -5,7 +5,6 @@ One launch of two ranks (`watching.py`) trains everything; the tests read the ru
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,17 @@ import pytest
 from megatron_octo import rundir
 from megatron_octo.report.load import _read_lines
 from megatron_octo.train.state import read_state, saved_steps
-from tests.cpu.watching import EXPORT, FAULTY, SECRET, STEPS, VALIDATED
+from tests.cpu.watching import (
+    EXPORT,
+    FAULTY,
+    HANG_TIMEOUT_S,
+    SECRET,
+    STEPS,
+    STRAGGLER_STEPS,
+    VALIDATED,
+)
+from tests.cpu.zygote import SAID_BYTES, Zygote
 from tests.prepared import BATCH, SEQ_LENGTH
-from tests.ranks import ended_well, launch
 
 FP32_TOLERANCE = 5e-6  # CONTRIBUTING.md
 LAUNCH_TIMEOUT_S = 500
@@ -43,17 +50,14 @@ pytestmark = pytest.mark.timeout(LAUNCH_TIMEOUT_S + 60)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Path:
     """Where two ranks have trained everything in `watching.py`, up to the run that hangs."""
     path = tmp_path_factory.mktemp("watching")
     (path / "modules").mkdir()
     (path / "modules" / "wandb.py").write_text(WANDB)
-    modules = f"{path / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    ended = launch("tests.cpu.watching", path, timeout_s=LAUNCH_TIMEOUT_S, PYTHONPATH=modules, WANDB_API_KEY=SECRET)
-    (path / "log").write_text(ended.stderr)
-    (path / "code").write_text(str(ended.returncode))
-    if not (path / "trained").exists():
-        ended_well(ended)
+    codes = zygote.call("tests.cpu.watching:main", path, log=path / "log", ranks=2).wait(LAUNCH_TIMEOUT_S)
+    rundir.write_json(path / "codes.json", codes)
+    assert (path / "trained").exists(), (path / "log").read_text()[-SAID_BYTES:]
     return path
 
 
@@ -175,17 +179,18 @@ def test_without_a_save_there_is_nothing_to_roll_back_to(run):
 def test_a_slow_rank_names_itself(log):
     assert "[rank 1 on " in log
     lines = [line for line in log.splitlines() if "a slow rank" in line]
-    assert [line.split("] ")[1].split(":")[0] for line in lines if "[rank 1" in line] == ["step 8", "step 16"]
+    steps = [f"step {reports * STRAGGLER_STEPS}" for reports in (1, 2)]
+    assert [line.split("] ")[1].split(":")[0] for line in lines if "[rank 1" in line] == steps
     assert all("[rank 1" in line for line in lines)
 
 
 def test_a_hang_leaves_every_ranks_stack_and_ends_the_job(run, folder, log):
-    assert (folder / "code").read_text() != "0"
+    assert 0 not in rundir.read_json(folder / "codes.json")
     for rank, waits_in in ((0, "finalize_model_grads"), (1, "watching.py")):
         stack = (run("hung") / "log" / f"stacks_rank_{rank:05d}.txt").read_text()
         assert waits_in in stack
         assert "train_step" in stack
-    assert "nothing has ended for 20 s" in log
+    assert f"nothing has ended for {HANG_TIMEOUT_S:.0f} s" in log
 
 
 def test_a_run_that_ends_leaves_no_stacks(run):

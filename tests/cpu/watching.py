@@ -1,7 +1,6 @@
 """What two ranks train for `test_watching.py`, in one launch: faults put into steps, validation, marks, a hang.
 
-Run by torchrun: `torchrun --nproc-per-node=2 -m tests.cpu.watching FOLDER`. It ends as a hung job ends; `trained` in
-FOLDER says that all else is there.
+Both call `main`. It ends as a hung job ends; `trained` in the folder says that all else is there.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from megatron_octo.config.train import (
     WatchConfig,
 )
 from megatron_octo.errors import OctoError
+from megatron_octo.train import watchdog
 from megatron_octo.train.votes import STOP_FILE
 from tests.cpu.matrix import LAYOUTS, alone, interrupt, train
 from tests.prepared import BATCH, SEQ_LENGTH, VOCAB, hold_out, stage, write_documents, write_source
@@ -47,7 +47,9 @@ VALIDATE = ValidateConfig(every_steps=5, sequences=HELD_OUT)
 EXPORT = "hf/step_00000007/model.safetensors"
 VALIDATED = ("dp2", "dp2-overlap", "tp2", "pp2-vpp2")
 SECRET = "key-that-nobody-may-read"
-HANG_TIMEOUT_S = 20.0
+HANG_TIMEOUT_S = 10.0
+GRACE_S = 4.0  # for the stacks of a hung job
+STRAGGLER_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +70,15 @@ class Fault:
     """The run that is asked to stop in the step."""
 
 
-def main(folder: Path) -> None:
-    """Train everything below `folder`."""
+def main(work: str) -> None:
+    """Train everything below `work`."""
     import torch.distributed as dist
 
+    folder = Path(work)
     console.configure()
-    os.environ["OCTO_RUNS"] = str(folder / "runs")
+    sys.path.insert(0, str(folder / "modules"))  # where a wandb is
+    sys.modules.pop("wandb", None)  # megatron has imported the real one
+    os.environ |= {"OCTO_RUNS": str(folder / "runs"), "WANDB_API_KEY": SECRET}
     is_first = os.environ["RANK"] == "0"
     if is_first:
         write_inputs(folder)
@@ -96,6 +101,7 @@ def main(folder: Path) -> None:
     if is_first:
         (folder / "trained").touch()
     dist.barrier()
+    watchdog.GRACE_S = GRACE_S
     hang = WatchConfig(hang_timeout_s=HANG_TIMEOUT_S)
     with_fault(small(folder, "hung", watch=hang), Fault(step=3, sleep_s=1e6))
 
@@ -136,7 +142,8 @@ def train_with_faults(folder: Path) -> None:
     with_fault(small(folder, "back-stopped", watch=BACK_THREE, save=OFTEN), replace(nan, stop=stop))
     with_fault(small(folder, "back-three-dp2-overlap", watch=BACK_THREE, parallel=LAYOUTS["dp2-overlap"]), large)
     with_fault(small(folder, "back-nowhere", watch=BACK), Fault(step=4, gradients=NAN))
-    with_fault(small(folder, "slow", watch=WatchConfig(straggler_every_steps=8)), Fault(sleep_s=0.5))
+    slow = small(folder, "slow", steps=2 * STRAGGLER_STEPS, watch=WatchConfig(straggler_every_steps=STRAGGLER_STEPS))
+    with_fault(slow, Fault(sleep_s=0.5))
 
 
 def train_with_marks(folder: Path) -> None:
@@ -153,9 +160,9 @@ def train_with_marks(folder: Path) -> None:
     train(small(folder, "marked-resumed", marks=replace(marks, evaluate=None)))
 
 
-def small(folder: Path, name: str, **changes: Any) -> MidTrainConfig:
+def small(folder: Path, name: str, *, steps: int = STEPS, **changes: Any) -> MidTrainConfig:
     """16 steps of two data ranks from the weights and moments that all share, saved after 10 and 16."""
-    config = stage(folder / "data", name, steps=STEPS, save_every=10)
+    config = stage(folder / "data", name, steps=steps, save_every=10)
     return replace(config, **{"start": FromRun(run="base"), "parallel": LAYOUTS["dp2"], **changes})
 
 
@@ -213,7 +220,3 @@ def write_inputs(folder: Path) -> None:
     write_documents(data / "noise", data / "tokenizer", [noise[:10], noise[10:]], VOCAB)
     hold_out(data / "a", data / "like-a")
     hold_out(data / "b", data / "noise")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -26,6 +26,7 @@ from megatron_octo.config.train import MidTrainConfig
 from tests.conftest import REPOSITORY
 
 WAIT_S = 300.0
+SAID_BYTES = 4000
 NEEDED = (
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
@@ -72,6 +73,11 @@ class Zygote:
     def call(self, function: str, *args: object, log: Path, ranks: int = 1) -> Ranks:
         """Start `function`, `module:name`, with these arguments on so many ranks, of one group."""
         return self.octo(log=log, ranks=ranks, before=(function, *args))
+
+    def run(self, function: str, *args: object, log: Path, ranks: int = 1, timeout_s: float = WAIT_S) -> None:
+        """As `call`, to the end; the test fails with their last words unless all end well."""
+        codes = self.call(function, *args, log=log, ranks=ranks).wait(timeout_s)
+        assert codes == [0] * ranks, f"exit codes {codes}: {log.read_text()[-SAID_BYTES:]}"
 
     def ask(self, request: dict[str, Any]) -> Any:
         """Send a request and return its answer."""

@@ -1,9 +1,10 @@
-"""The real thing: Ray, DeepSpeed, vLLM and OpenRLHF on a CPU, killed on the way and run again."""
+"""The real thing: Ray, DeepSpeed, vLLM and OpenRLHF on a CPU; in the slow tier rolled back, killed and run again."""
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from megatron_octo.config.rl import LongerResponses, RLConfig, RLWatchConfig, Va
 from megatron_octo.lineage import Lineage
 from megatron_octo.rl import saves
 from megatron_octo.rl.collect import read_metrics
+from megatron_octo.rl.follow import LOG, ROLL_BACKS
 from megatron_octo.rl.run import has_gpu
 from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
 from tests.conftest import REPOSITORY
@@ -157,7 +159,6 @@ def learnable(config: RLConfig) -> RLConfig:
     return replace(
         config,
         num_steps=3,
-        save_every_steps=1,
         learning_rate=LEARNING_RATE,
         stop=("1}", "2}"),  # after any box
         validation=ValidationConfig(
@@ -171,35 +172,15 @@ def learnable(config: RLConfig) -> RLConfig:
     )
 
 
-@pytest.fixture
-def killed(learnable: RLConfig) -> RLConfig:
-    """Killed with all its process group once the second step is saved."""
-    config = learnable
-    process = start(config)
-    latest = config.output / "openrlhf/_actor/latest"
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not (latest.exists() and latest.read_text() == "global_step2"):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    wait_until_gone(config, within_s=ENDING_TIMEOUT_S)  # Ray's agents look for their parent now and then
-    assert not rundir.is_done(config.output)
-    return config
-
-
-def test_a_killed_run_goes_on_with_the_next_prompts_and_vllm_always_has_the_trained_weights(killed: RLConfig) -> None:
-    output = killed.output
-    log_before = (output / "log/openrlhf.log").read_text()
-    state_before = data_state(output, 2)
-    errors = finish(killed, start(killed))
-    assert "goes on after step 2 of 3" in errors
+def test_vllm_always_has_the_trained_weights_and_the_end_is_a_model_that_loads(learnable: RLConfig) -> None:
+    output = learnable.output
+    errors = finish(learnable, start(learnable))
 
     rows = read_metrics(output / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU for row in rows)
     assert all(row["optim/grad_norm"] > 0 and row["rl/reward_error_share"] == 0 for row in rows)
+    assert all(math.isfinite(row["rl/reward_mean"]) for row in rows)
     assert 0.2 < rows[0]["rl/accuracy"] < 0.8
     # One token in five ends a box. Without stop strings one response in twenty would end before its 16 tokens.
     assert rows[0]["rl/response_length_mean"] < 10 and rows[0]["rl/truncated_share"] < 0.4
@@ -209,20 +190,16 @@ def test_a_killed_run_goes_on_with_the_next_prompts_and_vllm_always_has_the_trai
     assert "validation  toy " in errors
     assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
 
-    assert rundir.is_done(output) and rundir.is_done(output / "hf")
-    copies = saves.copies(output)  # the kill may have torn that of step 2
-    assert copies[-1] == 3 and all(rundir.is_done(saves.copy_folder(output, step)) for step in copies)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    trained = AutoModelForCausalLM.from_pretrained(output / "hf")
+    copies = [saves.copy_folder(output, step) for step in saves.copies(output)]
+    assert [folder.name for folder in copies] == ["step_00000002", "step_00000003"]
+    assert all(map(rundir.is_done, (output, output / "hf", *copies)))
+    trained = all_weights_differ(learnable)
     assert trained.generation_config.eos_token_id == 256
+    from transformers import AutoTokenizer
+
     assert AutoTokenizer.from_pretrained(output / "hf").eos_token == "</s>"
 
-    # A step uses the next four prompts of one permutation, before and after the kill.
-    state_after = data_state(output, 3)
-    assert (state_before["total_consumed_prompts"], state_after["total_consumed_prompts"]) == (8, 12)
-    log = (output / "log/openrlhf.log").read_text()
-    shown = [*first_prompts(output, log_before)[:2], first_prompts(output, log)[-1]]
+    shown = first_prompts(output, (output / LOG).read_text())
     assert prompt_steps(output, shown) == [1, 2, 3]
 
 
@@ -251,25 +228,46 @@ def test_the_reward_rises_and_longer_responses_begin_at_the_border_with_the_next
     assert max(lengths[:8]) <= 16 < min(lengths[8:]) <= 24
 
     # The first OpenRLHF may have begun the step after the border; the second makes it, with the same prompts.
-    shown = first_prompts(output, (output / "log/openrlhf.log").read_text())
+    shown = first_prompts(output, (output / LOG).read_text())
     assert prompt_steps(output, [*shown[:8], *shown[-8:]]) == list(range(1, 17))
 
-    from transformers import AutoModelForCausalLM
+    all_weights_differ(config)
 
-    trained, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (output / "hf", config.model))
-    weights = dict(before.to(trained.dtype).named_parameters())
-    assert all((weights[name] != value).any() for name, value in trained.named_parameters())
+
+@pytest.fixture
+def killed(learnable: RLConfig) -> RLConfig:
+    """A run with planted faults, rolled back once, and killed with all its process group when its step 3 is saved."""
+    config = replace(learnable, num_steps=4, watch=RLWatchConfig(on_stale_weights="roll_back"))
+    latest = config.output / "openrlhf/_actor/latest"
+
+    def step_3_is_saved() -> bool:
+        rows = read_metrics(config.output / "metrics.jsonl")
+        cured = any(row["step"] == 3 and abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU for row in rows)
+        return cured and latest.read_text() == "global_step3"
+
+    process = start(config, healed=config.output / ROLL_BACKS)
+    deadline = time.monotonic() + 2 * START_TIMEOUT_S
+    while not step_3_is_saved():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until_gone(config, within_s=ENDING_TIMEOUT_S)  # Ray's agents look for their parent now and then
+    assert not rundir.is_done(config.output)
+    assert process.stderr is not None and "rolled back to step" in process.stderr.read()
+    return config
 
 
 @pytest.mark.slow
-def test_old_weights_are_caught_and_a_reward_that_raises_poisons_nothing(learnable: RLConfig) -> None:
-    config = replace(learnable, num_steps=4, watch=RLWatchConfig(on_stale_weights="roll_back"))
-    output = config.output
-    errors = finish(config, start(config, healed=output / "roll_backs.json"))
+def test_old_weights_are_caught_a_reward_that_raises_poisons_nothing_and_a_killed_run_goes_on(killed: RLConfig) -> None:
+    config, output = killed, killed.output
+    log_before = (output / LOG).read_text()
+    state_before = data_state(output, 3)
+    assert "goes on after step 3 of 4" in finish(config, start(config))
 
-    (back,) = rundir.read_json(output / "roll_backs.json")
+    (back,) = rundir.read_json(output / ROLL_BACKS)
     assert back["to"] == back["step"] - 1 and "old weights" in back["what"]
-    assert f"rolled back to step {back['to']}" in errors
 
     rows = read_metrics(output / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -278,20 +276,35 @@ def test_old_weights_are_caught_and_a_reward_that_raises_poisons_nothing(learnab
     for row in rows:  # a response whose grading failed is a wrong one
         assert row["rl/accuracy"] <= 1 - row["rl/reward_error_share"]
         assert row["rl/reward_mean"] == pytest.approx(2 * row["rl/accuracy"] - 1)
+    assert [row["time_s"] for row in rows] == sorted(row["time_s"] for row in rows)
 
-    shown = first_prompts(output, (output / "log/openrlhf.log").read_text())
+    # A step uses the next four prompts of one permutation, before and after the roll back and the kill.
+    state_after = data_state(output, 4)
+    assert (state_before["total_consumed_prompts"], state_after["total_consumed_prompts"]) == (12, 16)
+    shown = [*first_prompts(output, log_before)[:4], first_prompts(output, (output / LOG).read_text())[-1]]
     assert prompt_steps(output, shown) == [*range(1, back["step"] + 1), *range(back["step"], 5)]
 
     assert saves.checkpoints(output) == [3, 4]
     best = rundir.read_json(output / "saves/best.json")["step"]
-    assert saves.copies(output) == sorted({best, 3, 4})
-    for step in saves.copies(output):
+    copies = saves.copies(output)  # the kill may have torn that of step 3
+    assert best in copies and copies[-1] == 4 and len(copies) <= 3
+    for step in copies:
         link = lineage.read(saves.copy_folder(output, step))
         assert [each.name for each in link.chain()] == ["branch", "test-rl"] and link.step == step
     final, last = (
         rundir.sha256(folder / "model.safetensors") for folder in (output / "hf", saves.copy_folder(output, 4))
     )
     assert final == last
+
+
+def all_weights_differ(config: RLConfig) -> Any:
+    """See that each tensor of a run's end is another than the one it began with; returns the end's model."""
+    from transformers import AutoModelForCausalLM
+
+    trained, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (config.output / "hf", config.model))
+    weights = dict(before.to(trained.dtype).named_parameters())
+    assert all((weights[name] != value).any() for name, value in trained.named_parameters())
+    return trained
 
 
 def sampler_state(state: Any) -> dict[str, Any]:

@@ -1,16 +1,21 @@
-"""Small generated corpora and the tokenizer learnt from them, made once."""
+"""Small generated corpora and the tokenizer learnt from them, and a small model in both forms, each made once."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_octo.config.data import PrepareInput, SyntheticConfig, TokenizerConfig
+from megatron_octo.config.pipeline import RandomBaseConfig
+from megatron_octo.convert.from_hf import from_hf
+from megatron_octo.convert.random_base import random_base
 from megatron_octo.data.read import read_records
 from megatron_octo.data.synthetic import generate
 from megatron_octo.data.templates import renderer
 from megatron_octo.data.tokenizer_training import train_tokenizer
+from tests.unit.small_model import MODEL
 
 KINDS = {"web": "text", "short": "question_answer", "long": "long_cot", "chat": "chat"}
 
@@ -43,3 +48,35 @@ def tokenizer_folder(tokenizer_config: TokenizerConfig) -> Path:
     """The trained tokenizer."""
     train_tokenizer(tokenizer_config)
     return tokenizer_config.output
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder of 20 ids, begin 1, end 2."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocabulary = {name: index for index, name in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnop"])}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
+    """A folder with `base`, a random model, and `import`, made from it."""
+    folder = tmp_path_factory.mktemp("made")
+    random_base(RandomBaseConfig(model=MODEL, tokenizer=words, output=folder / "base"))
+    from_hf(folder / "base", folder / "import", logits=False)
+    return folder
+
+
+@pytest.fixture
+def base(made: Path, tmp_path: Path) -> Path:
+    """The random model, to spoil."""
+    return Path(shutil.copytree(made / "base", tmp_path / "base"))

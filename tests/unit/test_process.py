@@ -8,6 +8,9 @@ import sys
 import time
 
 import psutil
+import pytest
+
+from megatron_octo.platform.process import STOP_SIGNALS
 
 CHILD = "import sys, time; sys.stdout.write('up\\n'); sys.stdout.flush(); time.sleep(60)"
 PARENT = f"""
@@ -28,6 +31,32 @@ def test_a_child_ends_when_its_parent_is_killed():
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+RANK = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+print("up", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = f"""
+import subprocess, sys
+sys.exit(subprocess.call([sys.executable, "-c", {RANK!r}]))
+"""
+LAUNCHES = f"""
+import sys
+from megatron_octo.platform.process import run_launcher
+sys.exit(run_launcher([sys.executable, "-c", {LAUNCHER!r}]))
+"""
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_what_asks_to_stop_goes_past_the_launcher_to_the_ranks_as_sigterm(signum):
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHES], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    process.send_signal(signum)
+    assert process.wait(10) == 3
 
 
 def test_the_exit_code_is_the_childs():

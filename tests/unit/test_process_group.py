@@ -58,22 +58,25 @@ def test_srun_without_an_address_to_meet_at(monkeypatch):
         world()
 
 
-COUNT_POLLS = """
+ENTER_TWICE = """
 import os
 from megatron_octo.config.train import ParallelConfig
 from megatron_octo.platform import resolve
-from megatron_octo.platform.process_group import model_parallel
+from megatron_octo.platform.process_group import launchers_variables, model_parallel
 
+before = set(launchers_variables())
 for _ in range(2):
     with model_parallel(resolve(), ParallelConfig()):
         links = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
-        print("polls", sum("eventpoll" in link for link in links))
+        print("polls", sum("eventpoll" in link for link in links), sorted({*launchers_variables()} - before))
+    print("left", {*launchers_variables()} - before)
 """
 
 
-def test_all_groups_on_a_cpu_are_polled_by_one_thread():
-    done = subprocess.run([sys.executable, "-c", COUNT_POLLS], capture_output=True, text=True, check=False)
-    assert done.stdout.count("polls 1\n") == 2, done.stdout + done.stderr
+def test_all_groups_on_a_cpu_are_polled_by_one_thread_and_leave_the_environment_as_it_was():
+    done = subprocess.run([sys.executable, "-c", ENTER_TWICE], capture_output=True, text=True, check=False)
+    lines = ["polls 1 ['LOCAL_RANK', 'RANK', 'WORLD_SIZE']", "left set()"]
+    assert done.stdout.splitlines() == lines * 2, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
