@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -79,6 +80,9 @@ def launch(job: Job, target: Target, *, wait: bool) -> str:
         OctoError: it failed. NeMo-Run itself would exit with 0.
     """
     with _experiment(job, target) as experiment:
+        if target.on == "local":  # its session is its own: it would outlive this process
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, lambda *_: experiment.cancel(_name(job)))
         experiment.run(detach=target.on == "slurm", tail_logs=target.on != "slurm")
     if target.on != "slurm":
         states = {name: str(each["status"]) for name, each in experiment.status(return_dict=True).items()}
@@ -208,7 +212,8 @@ def _follow(job: str, tunnel: Any, checkout: Path) -> None:
             logger(__name__).info("job %s: %s", job, answer)
             said = answer
         if state in ENDED:
-            raise OctoError(f"job {job} {answer}", fix=f"OCTO_RUNS/slurm/{job}.* there has its records")
+            words = words or "it had not started"
+            raise OctoError(f"job {job} ended {state}: {words}", fix=f"$OCTO_RUNS/slurm/{job}.* has its records")
         if state == "COMPLETED":
             if not words.startswith(GOES_ON):
                 return
@@ -221,7 +226,7 @@ def _ask(job: str, tunnel: Any, checkout: Path) -> str:
     from paramiko import SSHException
 
     with contextlib.suppress(OSError, EOFError, SSHException):  # the tunnel is opened again when it is used again
-        return str(tunnel.run(shlex.join([str(checkout / STATE), job]), warn=True).stdout).strip()
+        return str(tunnel.run(shlex.join([str(checkout / STATE), job]), warn=True).stdout).rstrip("\n")
     return ""
 
 

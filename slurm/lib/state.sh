@@ -4,7 +4,7 @@
 cd "$(dirname "$0")/../.." || exit 2
 source slurm/lib/site.sh
 state=$(squeue --noheader --states=all --jobs="$1" --format=%T)
-# minutes after its end Slurm forgets a job, and only accounting knows it, where there is any
+# minutes after its end Slurm forgets a job, but for its accounts, where there are any
 [[ $state ]] || state=$(sacct --noheader --allocations --parsable2 --jobs="$1" --format=State)
-last=$(printf '%s\n' "$OCTO_RUNS/slurm/$1".* | sort -V | tail -1) # start
-echo "${state%% *} $(cat "$last/state")" # "CANCELLED by 0"
+start=$(printf '%s\n' "$OCTO_RUNS/slurm/$1".* | sort -V | tail -1)
+echo "${state%% *} $(cat "$start/state" 2>/dev/null)" # sacct's "CANCELLED by 0" is one word too

@@ -80,7 +80,7 @@ class Cluster:
             self("scontrol", "update", f"JobId={job}", "StartTime=now+2", check=False)
 
     def near_limit(self, job: str, minutes: int) -> None:
-        """Leave the job some minutes until its time limit: Slurm tells it now, if it is to be told earlier than that."""
+        """Leave the job some minutes until its time limit: Slurm tells it now if it is to be told earlier than so."""
         hours, gone, _ = map(int, self.field(job, "RunTime").split(":"))
         self("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + gone + minutes}")
 
@@ -118,7 +118,7 @@ def cluster(folder: Path, *, nodes: int = 8, accounting: bool = False) -> Iterat
             started.enter_context(_database(folder))
             clients("slurmdbd", MYSQL_UNIX_PORT=str(folder / "database" / "sock"))
             started.callback(_end, folder / "slurmdbd.pid")
-            _wait(lambda: "added" in clients("sacctmgr", "--immediate", "add", "cluster", "local", check=False).lower())
+            _wait(lambda: "Adding" in clients("sacctmgr", "--immediate", "add", "cluster", "local", check=False))
         clients("slurmctld", "-c")
         started.callback(_end, folder / "slurmctld.pid")
         for name in names:

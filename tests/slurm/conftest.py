@@ -36,11 +36,10 @@ def accounted_slurm() -> Iterator[Cluster]:
 def _slurm(*, nodes: int, accounting: bool) -> Iterator[Cluster]:
     if why := missing(accounting=accounting):
         pytest.skip(why)
-    folder = Path(tempfile.mkdtemp(prefix="octo-slurm-", dir="/tmp"))  # sockets want short names
-    folder.chmod(0o711)  # the database is not root's
-    with cluster(folder / "s", nodes=nodes, accounting=accounting) as running:
-        yield running
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="octo-slurm-", dir="/tmp") as folder:  # sockets want short names
+        Path(folder).chmod(0o711)  # the database is not root's
+        with cluster(Path(folder) / "s", nodes=nodes, accounting=accounting) as running:
+            yield running
 
 
 @pytest.fixture
