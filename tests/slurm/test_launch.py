@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
@@ -20,6 +22,7 @@ from megatron_octo.config.load import load_recipe
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.launch import nemo
+from megatron_octo.train.state import saved_steps
 from tests.conftest import REPOSITORY, snapshot
 from tests.prepared import stage, write_data
 from tests.slurm import login_node
@@ -201,6 +204,28 @@ def test_a_launch_here_ends_as_the_training_does(tmp_path: Path, code: int, mess
     assert done.returncode == code, done.stdout + done.stderr
     assert message in done.stdout + done.stderr
     assert rundir.is_done(tmp_path / "run") == (code == 0)
+
+
+@pytest.mark.slow
+def test_a_training_that_was_launched_here_saves_and_ends_with_the_launch(tmp_path: Path):
+    write_data(tmp_path / "data")
+    rundir.write_json(tmp_path / "stage.json", to_dict(stage(tmp_path / "data", "run", steps=100_000)))
+    run = tmp_path / "run"
+    environment = {**os.environ, "HOME": str(tmp_path), "OCTO_RUNS": str(tmp_path)}
+    argv = [sys.executable, "-m", "megatron_octo", "launch", str(tmp_path / "stage.json"), "--on", "local"]
+    with subprocess.Popen(argv, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL) as launched:
+        wait_for((run / "metrics.jsonl").exists)
+        launched.terminate()
+    assert launched.returncode == 1
+    wait_for(lambda: not rundir.in_use(run))
+    assert saved_steps(run)
+    assert not rundir.is_done(run)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    """Wait until `what` holds; the test's own limit ends it."""
+    while not what():
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
