@@ -79,11 +79,6 @@ class Cluster:
         if start and start - datetime.now() > timedelta(seconds=10):
             self("scontrol", "update", f"JobId={job}", "StartTime=now+2", check=False)
 
-    def near_limit(self, job: str, minutes: int) -> None:
-        """Leave the job some minutes until its time limit: Slurm tells it now if it is to be told earlier than so."""
-        hours, gone, _ = map(int, self.field(job, "RunTime").split(":"))
-        self("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + gone + minutes}")
-
     def wait(self, job: str, until: Callable[[], bool], timeout_s: float = 300.0) -> None:
         """Wait until `until` holds, hurrying the job on."""
         end = time.monotonic() + timeout_s

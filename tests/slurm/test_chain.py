@@ -76,7 +76,8 @@ class Chain:
 
     def time_limit(self) -> None:
         """The limit is near: Slurm sends USR1 to the batch script, as it does 900 s before."""
-        self.slurm.near_limit(self.job, minutes=5)
+        hours, minutes, _ = map(int, self.slurm.field(self.job, "RunTime").split(":"))
+        self.slurm("scontrol", "update", f"JobId={self.job}", f"TimeLimit={60 * hours + minutes + 5}")
 
     def preemption(self) -> None:
         """A job of a higher tier wants all nodes."""
