@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -18,15 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_octo import rundir
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.console import logger
 from megatron_octo.errors import OctoError
 from megatron_octo.launch.slurm import Job, Shape
 
 SIGNAL = "B:USR1@900"
+STATE = Path("slurm/lib/state.sh")
 POLL_S = 5.0
-OVER = ("done", "stopped", "failed")
+SILENCE_S = 600.0
+"""For so long Slurm, or the way to it, may fail to answer before a job is given up."""
+ENDED = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+"""What Slurm calls a job that has ended and will not start again, but for one that ended well."""
+GOES_ON = "resubmitted as job "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +80,9 @@ def launch(job: Job, target: Target, *, wait: bool) -> str:
         OctoError: it failed. NeMo-Run itself would exit with 0.
     """
     with _experiment(job, target) as experiment:
+        if target.on == "local":  # its session is its own: it would outlive this process
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, lambda *_: experiment.cancel(_name(job)))
         experiment.run(detach=target.on == "slurm", tail_logs=target.on != "slurm")
     if target.on != "slurm":
         states = {name: str(each["status"]) for name, each in experiment.status(return_dict=True).items()}
@@ -83,7 +91,7 @@ def launch(job: Job, target: Target, *, wait: bool) -> str:
         return ", ".join(states)
     name = experiment.jobs[0].handle.rpartition("/")[2]
     if wait:
-        _follow(name)
+        _follow(name, experiment.jobs[0].executor.tunnel, target.checkout)
     return f"job {name}"
 
 
@@ -184,32 +192,42 @@ def _name(job: Job) -> str:
     return job.config.name
 
 
-def _follow(job: str) -> None:
-    """Wait for the end that the job itself writes down: requeued and started again it is the same job.
+def _follow(job: str, tunnel: Any, checkout: Path) -> None:
+    """Wait until Slurm has ended the job for good: requeued and started again it is the same job.
 
     Where it may not be requeued it names the one that goes on.
+
+    Raises:
+        OctoError: it did not end well, or Slurm says nothing of it any more.
     """
-    last = ""
+    said, heard_s = "", time.monotonic()
     while True:
-        starts = sorted(_starts(job))
-        words = starts[-1][1].read_text().strip() if starts else "pending"
-        if words != last:
-            logger(__name__).info("job %s: %s", job, words)
-            last = words
-        state, _, reason = words.partition(" ")
-        if state == "failed":
-            raise OctoError(f"job {job} failed: {reason}", fix=f"{starts[-1][1].parent} has its records")
-        if state in OVER:
-            return
-        if state == "resubmitted":
-            job = reason.removeprefix("as job ").partition(":")[0]
+        answer = _ask(job, tunnel, checkout)
+        state, _, words = answer.partition(" ")
+        if state:
+            heard_s = time.monotonic()
+        elif time.monotonic() - heard_s > SILENCE_S:
+            raise OctoError(f"Slurm says nothing of job {job}", fix="`octo runs list` says how far its run is")
+        if answer != said:
+            logger(__name__).info("job %s: %s", job, answer)
+            said = answer
+        if state in ENDED:
+            words = words or "it had not started"
+            raise OctoError(f"job {job} ended {state}: {words}", fix=f"$OCTO_RUNS/slurm/{job}.* has its records")
+        if state == "COMPLETED":
+            if not words.startswith(GOES_ON):
+                return
+            job = words.removeprefix(GOES_ON).partition(":")[0]
         time.sleep(POLL_S)
 
 
-def _starts(job: str) -> Iterator[tuple[int, Path]]:
-    """(restart, state file) of a job's starts."""
-    for file in (rundir.runs_root() / "slurm").glob(f"{job}.*/state"):
-        yield int(file.parent.name.partition(".")[2]), file
+def _ask(job: str, tunnel: Any, checkout: Path) -> str:
+    """What `STATE` says of a job; nothing if it cannot be asked."""
+    from paramiko import SSHException
+
+    with contextlib.suppress(OSError, EOFError, SSHException):  # the tunnel is opened again when it is used again
+        return str(tunnel.run(shlex.join([str(checkout / STATE), job]), warn=True).stdout).rstrip("\n")
+    return ""
 
 
 @contextlib.contextmanager

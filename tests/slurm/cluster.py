@@ -20,16 +20,19 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
+ACCOUNTING = ("slurmdbd", "sacct", "mariadbd", "mariadb-install-db")
 GPUS = CPUS = 8
 HOSTS = Path("/etc/hosts")
 NULL_DEVICE = os.makedev(1, 3)
 WAIT_S = 60.0
 
 
-def missing() -> str:
+def missing(*, accounting: bool = False) -> str:
     """Why there can be no Slurm here, empty if there can."""
     if absent := [name for name in PROGRAMS if shutil.which(name) is None]:
         return f"{', '.join(absent)} not installed: apt-get install slurm-wlm munge"
+    if accounting and (absent := [name for name in ACCOUNTING if shutil.which(name) is None]):
+        return f"{', '.join(absent)} not installed: apt-get install slurmdbd mariadb-server"
     return "" if os.geteuid() == 0 else "virtual nodes with fake GPUs need root"
 
 
@@ -53,7 +56,6 @@ class Cluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=WAIT_S,
             check=False,
         )
         assert not check or run.returncode == 0, f"{argv}: {run.stdout}{run.stderr}"
@@ -94,38 +96,43 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, *, nodes: int = 8) -> Iterator[Cluster]:
-    """Start a Slurm, yield it, and stop it."""
+def cluster(folder: Path, *, nodes: int = 8, accounting: bool = False) -> Iterator[Cluster]:
+    """Start a Slurm, yield it, and stop it. With `accounting` it keeps a database of its jobs, which `sacct` shows."""
     folder.mkdir(parents=True)
-    started: list[Path] = []
     names = [f"node{number}" for number in range(1, nodes + 1)]
     line = f"127.0.0.1 {' '.join(names)} # {folder}\n"
-    with HOSTS.open("a") as hosts:  # ranks meet at the first node by its name
-        hosts.write(line)
-    try:
-        _write(folder, names)
-        _munge(folder, started)
+    with contextlib.ExitStack() as started:
+        started.callback(lambda: HOSTS.write_text(HOSTS.read_text().replace(line, "")))
+        with HOSTS.open("a") as hosts:  # ranks meet at the first node by its name
+            hosts.write(line)
+        _write(folder, names, accounting=accounting)
+        _munge(folder)
+        started.callback(_end, folder / "munged.pid")
         clients = Cluster(folder=folder, nodes=nodes)
+        if accounting:
+            started.enter_context(_database(folder))
+            clients("slurmdbd", MYSQL_UNIX_PORT=str(folder / "database" / "sock"))
+            started.callback(_end, folder / "slurmdbd.pid")
+            _wait(lambda: "Adding" in clients("sacctmgr", "--immediate", "add", "cluster", "local", check=False))
         clients("slurmctld", "-c")
-        started.append(folder / "slurmctld.pid")
+        started.callback(_end, folder / "slurmctld.pid")
         for name in names:
             clients("slurmd", "-N", name)
-            started.append(folder / f"slurmd.{name}.pid")
-        end = time.monotonic() + WAIT_S
-        while clients("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() != ["idle"] * nodes:
-            assert time.monotonic() < end, clients("sinfo", "-R")
-            time.sleep(0.1)
+            started.callback(_end, folder / f"slurmd.{name}.pid")
+        _wait(lambda: clients("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() == ["idle"] * nodes)
         yield clients
         clients("scancel", "--user", "root", check=False)
-        while clients("squeue", "-h", check=False) and time.monotonic() < end + WAIT_S:
-            time.sleep(0.2)
-    finally:
-        for file in reversed(started):
-            _end(file)
-        HOSTS.write_text(HOSTS.read_text().replace(line, ""))
+        _wait(lambda: not clients("squeue", "-h", check=False))
 
 
-def _munge(folder: Path, started: list[Path]) -> None:
+def _wait(until: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _munge(folder: Path) -> None:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
@@ -133,16 +140,39 @@ def _munge(folder: Path, started: list[Path]) -> None:
     logs = {"log-file": folder / "munged.log", "seed-file": folder / "munge.seed"}
     options = [f"--{name}={path}" for name, path in (paths | logs).items()]
     subprocess.run(["munged", "--force", *options], check=True, timeout=WAIT_S)
-    started.append(folder / "munged.pid")
 
 
-def _write(folder: Path, names: list[str]) -> None:
-    """slurm.conf, gres.conf and the device files of the GPUs."""
+@contextlib.contextmanager
+def _database(folder: Path) -> Iterator[None]:
+    """MariaDB for slurmdbd, on no port: root enters by its socket without a password."""
+    data = folder / "database"
+    data.mkdir()
+    shutil.chown(data, "mysql")
+    options = ["--no-defaults", "--user=mysql", f"--datadir={data}"]
+    install = ["mariadb-install-db", *options, "--auth-root-authentication-method=socket", "--skip-test-db"]
+    subprocess.run(install, check=True, capture_output=True, timeout=WAIT_S)
+    socket_file, log = data / "sock", folder / "mariadbd.log"
+    serve = ["mariadbd", *options, "--skip-networking", f"--socket={socket_file}", f"--pid-file={data}/pid"]
+    with log.open("w") as output, subprocess.Popen(serve, stdout=output, stderr=output) as database:
+        try:
+            _wait(socket_file.exists)
+            yield
+        finally:
+            database.terminate()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(len(names) + 1)]
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
-        controller, *ports = [each.getsockname()[1] for each in sockets]
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _write(folder: Path, names: list[str], *, accounting: bool) -> None:
+    """slurm.conf, slurmdbd.conf, gres.conf and the device files of the GPUs."""
+    controller, accountant, *ports = free_ports(len(names) + 2)
     host = socket.gethostname().partition(".")[0]
     for number in range(GPUS):
         os.mknod(folder / f"nvidia{number}", 0o20666, NULL_DEVICE)
@@ -152,6 +182,28 @@ def _write(folder: Path, names: list[str]) -> None:
         f"Gres=gpu:{GPUS} State=UNKNOWN"
         for name, port in zip(names, ports, strict=True)
     )
+    storage = "AccountingStorageType=accounting_storage/none"
+    if accounting:
+        storage = f"""\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={accountant}
+AccountingStoragePass={folder}/munge.sock"""
+        (folder / "slurmdbd.conf").touch(mode=0o600)  # else slurmdbd refuses it
+        (folder / "slurmdbd.conf").write_text(f"""\
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={accountant}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm
+""")
     (folder / "slurm.conf").write_text(f"""\
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -183,7 +235,7 @@ KillWait=30
 CompleteWait=0
 MinJobAge=3600
 InactiveLimit=0
-AccountingStorageType=accounting_storage/none
+{storage}
 JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
 {nodes}

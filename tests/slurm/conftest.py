@@ -24,12 +24,22 @@ done
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
     """Eight virtual nodes of eight fake GPUs."""
-    if why := missing():
+    yield from _slurm(nodes=8, accounting=False)
+
+
+@pytest.fixture(scope="session")
+def accounted_slurm() -> Iterator[Cluster]:
+    """Two such nodes of a Slurm that keeps account of its jobs."""
+    yield from _slurm(nodes=2, accounting=True)
+
+
+def _slurm(*, nodes: int, accounting: bool) -> Iterator[Cluster]:
+    if why := missing(accounting=accounting):
         pytest.skip(why)
-    folder = Path(tempfile.mkdtemp(prefix="octo-slurm-", dir="/tmp"))  # sockets want short names
-    with cluster(folder / "s") as running:
-        yield running
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="octo-slurm-", dir="/tmp") as folder:  # sockets want short names
+        Path(folder).chmod(0o711)  # the database is not root's
+        with cluster(Path(folder) / "s", nodes=nodes, accounting=accounting) as running:
+            yield running
 
 
 @pytest.fixture

@@ -7,8 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,9 +22,12 @@ from megatron_octo.config.load import load_recipe
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.launch import nemo
+from megatron_octo.train.state import saved_steps
 from tests.conftest import REPOSITORY, snapshot
+from tests.prepared import stage, write_data
+from tests.slurm import login_node
 from tests.slurm.cluster import Cluster
-from tests.slurm.test_scripts import stubbed
+from tests.slurm.test_scripts import forget_jobs, stubbed
 
 pytestmark = [
     pytest.mark.skipif(find_spec("nemo_run") is None, reason="nemo-run is not installed"),
@@ -115,24 +121,111 @@ def test_nodes_that_the_recipe_does_not_fit_are_refused(checkout: Path):
     assert "fix: sbatch --nodes=2 or --nodes=4" in done.stderr
 
 
+ON_SLURM = ("--on", "slurm", "--account", "me", "--partition", "main", "--nodes", "2", "--wait")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stub_exit", "code"), [(0, 0), (2, 1)])
 def test_a_launch_on_slurm_ends_as_its_job_does(slurm: Cluster, stubbed: Path, stub_exit: int, code: int):
-    words = ["--on", "slurm", "--account", "me", "--partition", "main", "--nodes", "2", "--wait"]
-    done = launch(stubbed, RECIPE, *words, **slurm.environment, STUB_EXIT=str(stub_exit))
+    done = launch(stubbed, RECIPE, *ON_SLURM, **slurm.environment, STUB_EXIT=str(stub_exit))
     assert done.returncode == code, done.stdout + done.stderr
     (records,) = (stubbed / "runs" / "slurm").iterdir()
     assert (records / "hosts").read_text().split() == ["node1", "node2"]
     assert (records / "state").read_text().startswith("failed exit code 2" if code else "done ")
 
 
-def test_a_job_is_followed_to_the_one_that_goes_on_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("OCTO_RUNS", str(tmp_path))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stub_exit", "code", "account"), [(0, 0, "COMPLETED|0:0"), (2, 1, "FAILED|2:0")], ids=["done", "failed"]
+)
+def test_a_launch_ends_as_the_accounts_of_slurm_say(
+    accounted_slurm: Cluster, stubbed: Path, stub_exit: int, code: int, account: str
+):
+    forget_jobs(stubbed)
+    done = launch(stubbed, RECIPE, *ON_SLURM, **accounted_slurm.environment, STUB_EXIT=str(stub_exit))
+    assert done.returncode == code, done.stdout + done.stderr
+    state = account.partition("|")[0]
+    (job,) = re.findall(rf"job (\d+): {state} ", done.stderr)
+    assert accounted_slurm("sacct", "-nXP", "-j", job, "--format=State,ExitCode") == account
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stub_exit", "code"), [(0, 0), (2, 1)])
+def test_a_launch_by_ssh_ends_as_the_job_there_does(
+    slurm: Cluster, stubbed: Path, tmp_path: Path, stub_exit: int, code: int
+):
+    if why := login_node.missing():
+        pytest.skip(why)
+    there = {**slurm.environment, "STUB_EXIT": str(stub_exit)}
+    with login_node.login_node(tmp_path / "here", there) as here:
+        ssh = ["--host", "cluster", "--checkout", stubbed]
+        done = launch(REPOSITORY, RECIPE, *ON_SLURM, *ssh, **here, OCTO_RUNS=str(tmp_path / "no runs"))
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "ended FAILED: failed exit code 2" in done.stderr or code == 0
+    (records,) = (stubbed / "runs" / "slurm").iterdir()
+    assert (records / "hosts").read_text().split() == ["node1", "node2"]
+
+
+FOLLOWED = {
+    "a job that is cancelled": (["PENDING \n", "CANCELLED \n"], "job 7 ended CANCELLED: it had not started"),
+    "the job that goes on for it": (
+        ["COMPLETED resubmitted as job 9: saved in time\n", "FAILED failed exit code 1\n"],
+        "job 9 ended FAILED: failed exit code 1",
+    ),
+    "a way that breaks": ([OSError(), "RUNNING running\n", " running\n", "TIMEOUT running\n"], "job 7 ended TIMEOUT"),
+}
+
+
+@pytest.mark.parametrize(("answers", "end"), FOLLOWED.values(), ids=FOLLOWED)
+def test_a_job_is_followed_to_its_end(monkeypatch: pytest.MonkeyPatch, answers: list[str | Exception], end: str):
     monkeypatch.setattr(nemo, "POLL_S", 0.0)
-    for start, state in (("7.0", "resubmitted as job 9: saved in time\n"), ("9.0", "failed exit code 1\n")):
-        rundir.write_atomic(tmp_path / "slurm" / start / "state", state)
-    with pytest.raises(OctoError, match="job 9 failed: exit code 1"):
-        nemo._follow("7")
+    with pytest.raises(OctoError, match=end):
+        nemo._follow("7", Mock(run=Mock(side_effect=map(answer, answers))), Path())
+
+
+def test_a_job_of_which_slurm_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(nemo, "SILENCE_S", 0.0)
+    with pytest.raises(OctoError, match="Slurm says nothing of job 7"):
+        nemo._follow("7", Mock(run=Mock(return_value=answer(" done runs/x\n"))), Path())
+
+
+def answer(said: str | Exception) -> Mock | Exception:
+    """What a tunnel's `run` returns, or raises."""
+    return said if isinstance(said, Exception) else Mock(stdout=said)
+
+
+@pytest.mark.parametrize(("code", "message"), [(0, "run: 512 tokens in"), (1, "not all jobs succeeded")])
+def test_a_launch_here_ends_as_the_training_does(tmp_path: Path, code: int, message: str):
+    write_data(tmp_path / "data")
+    config = stage(tmp_path / ("data" if code == 0 else "nowhere"), "run", steps=2)
+    rundir.write_json(tmp_path / "stage.json", to_dict(config))
+    words = [tmp_path / "stage.json", "--on", "local", "--gpus-per-node", "2"]
+    done = launch(REPOSITORY, *words, HOME=str(tmp_path), OCTO_RUNS=str(tmp_path))
+    assert done.returncode == code, done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
+    assert rundir.is_done(tmp_path / "run") == (code == 0)
+
+
+@pytest.mark.slow
+def test_a_training_that_was_launched_here_saves_and_ends_with_the_launch(tmp_path: Path):
+    write_data(tmp_path / "data")
+    rundir.write_json(tmp_path / "stage.json", to_dict(stage(tmp_path / "data", "run", steps=100_000)))
+    run = tmp_path / "run"
+    environment = {**os.environ, "HOME": str(tmp_path), "OCTO_RUNS": str(tmp_path)}
+    argv = [sys.executable, "-m", "megatron_octo", "launch", str(tmp_path / "stage.json"), "--on", "local"]
+    with subprocess.Popen(argv, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL) as launched:
+        wait_for((run / "metrics.jsonl").exists)
+        launched.terminate()
+    assert launched.returncode == 1
+    wait_for(lambda: not rundir.in_use(run))
+    assert saved_steps(run)
+    assert not rundir.is_done(run)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    """Wait until `what` holds; the test's own limit ends it."""
+    while not what():
+        time.sleep(0.2)
 
 
 @pytest.mark.slow

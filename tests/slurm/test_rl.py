@@ -1,4 +1,4 @@
-"""Real RL on two nodes of a Slurm job, killed on the way."""
+"""Real RL on two nodes of a Slurm job, killed on the way and told of its time limit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.slurm.cluster import Cluster
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(has_gpu(), reason="the tiny model is for machines without a GPU"),
 ]
 JOB_TIMEOUT_S = 1200
-NUM_STEPS = 10  # two passes; seconds each, so that the kill comes before the end
+NUM_STEPS = 10  # two passes; seconds each, so that all that is to happen does before the end
 
 
 def node_tasks(slurm: Cluster, job: str) -> dict[str, int]:
@@ -42,7 +42,7 @@ def node_tasks(slurm: Cluster, job: str) -> dict[str, int]:
     return found
 
 
-def test_rl_on_two_nodes_goes_on_after_one_is_killed(slurm: Cluster, checkout: Path) -> None:
+def test_rl_on_two_nodes_goes_on_after_a_kill_and_after_a_time_limit(slurm: Cluster, checkout: Path) -> None:
     config = on_two_nodes(two_steps(checkout, checkout / "model"), num_steps=NUM_STEPS)
     rundir.write_json(checkout / "rl.json", to_dict(config))
     shape = ["--nodes=2", "--gpus-per-node=1"]
@@ -59,18 +59,32 @@ def test_rl_on_two_nodes_goes_on_after_one_is_killed(slurm: Cluster, checkout: P
     assert enters(address, token_environment(token))
     assert not enters(address, {})
 
-    slurm.wait(job, lambda: saves.last(config.output) >= 1 or slurm.state(job) == "FAILED", JOB_TIMEOUT_S)
+    def wait_for_a_save(after: int) -> None:
+        slurm.wait(job, lambda: saves.last(config.output) > after or slurm.state(job) == "FAILED", JOB_TIMEOUT_S)
+        assert slurm.state(job) == "RUNNING", said()
+
+    def restarts() -> int:
+        return int(slurm.field(job, "Restarts"))
+
+    wait_for_a_save(after=0)
     tasks = node_tasks(slurm, job)
     assert set(tasks) == {"node1", "node2"}
     os.kill(tasks["node2"], signal.SIGKILL)
-    slurm.wait(job, lambda: slurm.field(job, "Restarts") == "1")
+    slurm.wait(job, lambda: restarts() == 1)
     assert not token.exists(), "the token outlives the start"
+
+    wait_for_a_save(after=saves.last(config.output))
+    before = restarts()
+    slurm("scancel", "--batch", "--signal=USR1", job)  # as before the limit: Slurm looks for those twice a minute only
+    slurm.wait(job, lambda: restarts() > before)
+    assert "SIGUSR1: the tasks are asked to save and to end" in said()
     assert slurm.wait_end(job, JOB_TIMEOUT_S) == "COMPLETED", said()
 
     rows = read_metrics(config.output / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
     assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU and row["optim/grad_norm"] > 0 for row in rows)
     assert rundir.is_done(config.output)
-    ranks = (checkout / "runs" / "slurm" / f"{job}.1" / "ranks.txt").read_text()
-    assert "goes on after step" in ranks
+    for restart in (1, restarts()):
+        ranks = (checkout / "runs" / "slurm" / f"{job}.{restart}" / "ranks.txt").read_text()
+        assert "goes on after step" in ranks
     assert not node_tasks(slurm, job)

@@ -264,6 +264,41 @@ def test_a_pipeline_whose_stages_do_not_fit_is_refused(slurm, stubbed):
     assert slurm("squeue", "-h", "-t", "all") == before
 
 
+# ---- what is said of a job: slurm/lib/state.sh
+
+
+def state(slurm: Cluster, checkout: Path, job: str) -> str:
+    """What state.sh says of a job."""
+    return slurm(checkout / "slurm" / "lib" / "state.sh", job)
+
+
+def forget_jobs(checkout: Path) -> None:
+    """Let squeue know no job, as it is some minutes after a job's end."""
+    squeue = checkout / "bin" / "squeue"
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    squeue.chmod(0o755)
+
+
+def test_the_state_of_a_job_is_what_slurm_and_the_job_say(slurm, stubbed):
+    held = submit(slurm, stubbed, "--hold", "--nodes=1", "slurm/stable_200b.sh")
+    assert state(slurm, stubbed, held) == "PENDING"
+    slurm("scancel", held)
+    assert state(slurm, stubbed, held) == "CANCELLED"
+    job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh")
+    assert slurm.wait_end(job) == "COMPLETED"
+    assert state(slurm, stubbed, job) == f"COMPLETED done {stubbed}/runs/llama32-3b-stable-200b"
+
+
+def test_of_a_job_that_slurm_has_forgotten_its_accounts_say_the_state(accounted_slurm, stubbed):
+    job = submit(accounted_slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_EXIT="2")
+    held = submit(accounted_slurm, stubbed, "--hold", "--nodes=1", "slurm/stable_200b.sh")
+    assert accounted_slurm.wait_end(job) == "FAILED"
+    accounted_slurm("scancel", held)
+    forget_jobs(stubbed)
+    accounted_slurm.wait(job, lambda: state(accounted_slurm, stubbed, job).startswith("FAILED failed exit code 2"))
+    accounted_slurm.wait(held, lambda: state(accounted_slurm, stubbed, held) == "CANCELLED")
+
+
 # ---- before submission: slurm/submit.sh
 
 
@@ -275,7 +310,6 @@ def submit_checked(checkout: Path, *words: object, **environment: str) -> subpro
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
 
