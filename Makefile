@@ -7,6 +7,13 @@ STAMP := $(VENV)/.installed
 HALF := $(VENV)/.installing
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Tests of one process each go two at a time; the others start ranks, which want the cores for themselves.
+ALONE := tests/unit tests/cli
+define pytest
+$(BIN)/python -m pytest $(1) -n 2 --dist loadfile $(ALONE)
+$(BIN)/python -m pytest $(1) $(ALONE:%=--ignore=%)
+endef
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint types bench docs-check lock clean
 
@@ -32,10 +39,10 @@ demo: $(STAMP)  ## the whole road in miniature on this machine (a quarter of an 
 	$(BIN)/octo pipeline recipes/miniature.py
 
 test: $(STAMP) lint types  ## what CI runs
-	$(BIN)/python -m pytest -m "not slow"
+	$(call pytest,-m "not slow")
 
 test-all: $(STAMP) lint types  ## full counts and slow tiers too
-	$(BIN)/python -m pytest
+	$(call pytest,)
 
 lint: $(STAMP)  ## style and layers
 	$(BIN)/ruff check .
