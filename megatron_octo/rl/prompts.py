@@ -1,6 +1,6 @@
 """The prompts of an RL run: read, put into a template, checked, and cut to exactly what its steps use.
 
-OpenRLHF has no number of steps: it goes through its prompt file a number of times. So each run gets
+OpenRLHF has no number of steps: it goes through its prompt file a number of times, shuffled each time. So each run gets
 a file of its own that holds whole steps, and a number of passes. Validation's problems are all asked each time.
 """
 
@@ -63,7 +63,7 @@ class PromptPlan:
     """Which prompts a run uses, and how often."""
 
     prompts: tuple[Prompt, ...]
-    """Whole steps."""
+    """Whole steps; where they are all the run's, some are there again."""
     num_episodes: int
     """Passes over them."""
     validation: tuple[ValidationPrompt, ...] = ()
@@ -215,30 +215,25 @@ def _short[P: (Prompt, ValidationPrompt)](prompts: Sequence[P], model: Path, mos
 
 
 def plan_prompts(prompts: Sequence[Prompt], config: RLConfig) -> PromptPlan:
-    """Choose the prompts of `num_steps` steps, in an order drawn from the seed.
+    """Choose the prompts of `num_steps` steps by the seed: each as often as any other, or once more.
+
+    OpenRLHF shuffles each pass. So passes of whole steps stay passes; otherwise the file is the whole run's, and a step
+    may have a problem twice, as two groups of samples.
 
     Raises:
-        BadInput: there are too few prompts for one pass and the steps are not whole passes.
+        BadInput: there are too few prompts for one step.
     """
     shuffled = random.Random(config.seed).sample(list(prompts), len(prompts))
-    each, steps = config.prompts_per_step, config.num_steps
-    steps_a_pass = len(shuffled) // each
-    if steps_a_pass >= steps:
-        return PromptPlan(tuple(shuffled[: steps * each]), num_episodes=1)
-    counted = f"{len(shuffled):,} usable prompts in {config.prompts} / prompts_per_step {each}"
-    if steps_a_pass == 0:
+    each = config.prompts_per_step
+    if len(shuffled) < each:
         raise BadInput(
-            f"{counted} is not one step",
+            f"{len(shuffled):,} usable prompts in {config.prompts} / prompts_per_step {each} is not one step",
             fix="give more prompts, or lower prompts_per_step, or raise max_prompt_tokens",
         )
-    passes, rest = divmod(steps, steps_a_pass)
-    if rest:
-        raise BadInput(
-            f"{counted} = {steps_a_pass} steps a pass; num_steps {steps} is {passes} passes and {rest} steps",
-            fix=f"num_steps {max(1, passes) * steps_a_pass} or {(passes + 1) * steps_a_pass}, "
-            f"or a file of {steps * each:,} prompts",
-        )
-    return PromptPlan(tuple(shuffled[: steps_a_pass * each]), num_episodes=passes)
+    passes, rest = divmod(config.num_steps * each, len(shuffled))
+    if rest or len(shuffled) % each:
+        return PromptPlan(tuple(shuffled * passes + shuffled[:rest]), num_episodes=1)
+    return PromptPlan(tuple(shuffled), num_episodes=passes)
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt | ValidationPrompt]) -> None:

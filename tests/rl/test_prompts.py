@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,18 +135,20 @@ def test_the_seed_alone_chooses_prompts_and_their_order(config: RLConfig, replac
     assert plan_prompts(prompts, config) != plan_prompts(prompts, replaced(seed=7))
 
 
-def test_more_steps_than_prompts_are_whole_passes(config: RLConfig, replaced: Replaced) -> None:
+def test_steps_that_are_whole_passes_are_passes(config: RLConfig, replaced: Replaced) -> None:
     plan = plan_prompts(read_prompts(config, "none"), replaced(num_steps=15))
-    assert (len(plan.prompts), plan.num_episodes) == (20, 3)
+    assert (len(plan.prompts), len(set(plan.prompts)), plan.num_episodes) == (20, 20, 3)
 
 
-def test_steps_that_are_not_whole_passes_are_refused_with_the_nearest_that_are(
-    config: RLConfig, replaced: Replaced
+@pytest.mark.parametrize("steps", [11, 12])  # two passes, of five steps and a half; and four prompts more
+def test_other_steps_are_one_pass_that_has_each_prompt_equally_often_or_once_more(
+    steps: int, replaced: Replaced
 ) -> None:
-    with pytest.raises(BadInput) as refused:
-        plan_prompts(read_prompts(config, "none"), replaced(num_steps=12))
-    assert "20 usable prompts" in refused.value.what and "5 steps a pass" in refused.value.what
-    assert "num_steps 10 or 15" in refused.value.fix and "48 prompts" in refused.value.fix
+    prompts = [Prompt(f"{number}?", str(number)) for number in range(22)]
+    plan = plan_prompts(prompts, replaced(num_steps=steps))
+    uses = Counter(plan.prompts)
+    assert (plan.num_episodes, uses.total()) == (1, 4 * steps)
+    assert set(uses) == set(prompts) and set(uses.values()) <= {2, 3}
 
 
 def test_fewer_prompts_than_one_step_are_refused(config: RLConfig, replaced: Replaced) -> None:
