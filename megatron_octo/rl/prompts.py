@@ -43,7 +43,7 @@ class Prompt:
     input: str
     """The prompt, template applied."""
     label: str
-    """The right answer."""
+    """The right answer; empty in a record without one, which no run asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +75,25 @@ class PromptReport:
     """What became of the problems of a file."""
 
     distinct: int
+    unanswered: int
     too_long: int
     contaminated: tuple[dict[str, str], ...]
     """Of each: the problem, the evaluation set, and the words that they share."""
     validation: int = 0
+    validation_unanswered: int = 0
     validation_too_long: int = 0
 
     def describe(self, config: RLConfig) -> str:
         """A line for the log."""
-        left = self.distinct - self.too_long - len(self.contaminated)
+        left = self.distinct - self.unanswered - self.too_long - len(self.contaminated)
         asked = (
-            f"; for validation {self.validation:,}, without {self.validation_too_long:,} longer than "
-            f"{config.validation.max_prompt_tokens} tokens"
+            f"; for validation {self.validation:,}, without {self.validation_unanswered:,} whose answer is blank and "
+            f"{self.validation_too_long:,} longer than {config.validation.max_prompt_tokens} tokens"
         )
         return (
-            f"{self.distinct:,} distinct prompts in {config.prompts}; left out: {self.too_long:,} longer than "
-            f"{config.max_prompt_tokens} tokens, {len(self.contaminated):,} that share words with evaluation sets; "
-            f"{left:,} remain{asked if config.validation.sets else ''}"
+            f"{self.distinct:,} distinct prompts in {config.prompts}; left out: {self.unanswered:,} whose answer is "
+            f"blank, {self.too_long:,} longer than {config.max_prompt_tokens} tokens, {len(self.contaminated):,} that "
+            f"share words with evaluation sets; {left:,} remain{asked if config.validation.sets else ''}"
         )
 
 
@@ -103,24 +105,28 @@ def choose_prompts(config: RLConfig) -> tuple[PromptPlan, PromptReport]:
     """
     found = read_prompts(config, config.template)
     overlaps = Overlaps.read(config.decontaminate_against)
-    contaminated = {prompt: hit for prompt in found if (hit := overlaps.find(prompt.input)) is not None}
-    clean = [prompt for prompt in found if prompt not in contaminated]
+    answered = [prompt for prompt in found if prompt.label]
+    contaminated = {prompt: hit for prompt in answered if (hit := overlaps.find(prompt.input)) is not None}
+    clean = [prompt for prompt in answered if prompt not in contaminated]
     short = _short(clean, config.model, config.max_prompt_tokens)
     asked = read_validation(config)
-    short_asked = _short(asked, config.model, config.validation.max_prompt_tokens)
+    answered_asked = [each for each in asked if each.label[VALIDATION]]
+    short_asked = _short(answered_asked, config.model, config.validation.max_prompt_tokens)
     unasked = {each.name for each in config.validation.sets} - {each.datasource for each in short_asked}
     if unasked:
         raise BadInput(
-            f"no problem of the validation sets {', '.join(sorted(unasked))} has at most "
+            f"no problem of the validation sets {', '.join(sorted(unasked))} has an answer and at most "
             f"{config.validation.max_prompt_tokens} tokens",
             fix="raise validation.max_prompt_tokens, or leave them out",
         )
     report = PromptReport(
         distinct=len(found),
+        unanswered=len(found) - len(answered),
         too_long=len(clean) - len(short),
         contaminated=tuple({"prompt": each.input, **asdict(hit)} for each, hit in contaminated.items()),
         validation=len(short_asked),
-        validation_too_long=len(asked) - len(short_asked),
+        validation_unanswered=len(asked) - len(answered_asked),
+        validation_too_long=len(answered_asked) - len(short_asked),
     )
     return replace(plan_prompts(short, config), validation=tuple(short_asked)), report
 
@@ -146,7 +152,7 @@ def read_validation(config: RLConfig) -> list[ValidationPrompt]:
 
 
 def read_prompts(source: RLConfig | ValidationSet, template: str) -> list[Prompt]:
-    """The distinct prompts of `source.prompts`, in its order.
+    """The distinct prompts of `source.prompts`, in its order; where an answer is blank, so is the label.
 
     Raises:
         BadInput: a file is missing or damaged, a record lacks its problem or its answer, or a problem occurs with two
@@ -182,7 +188,10 @@ def _question(record: object, source: RLConfig | ValidationSet, where: str) -> s
 
 
 def _label(record: object, source: RLConfig | ValidationSet, where: str) -> str:
+    """The right answer; empty where the record leaves it blank, as two of MATH8K do."""
     answer = _field(record, source.answer_column, where)
+    if isinstance(answer, str) and not answer.strip():
+        return ""
     text = str(answer) if isinstance(answer, int | float | str) and not isinstance(answer, bool) else ""
     label = text.rpartition("####")[2] if "####" in text else extract_answer(text) or text
     if not label.strip():

@@ -123,6 +123,18 @@ def test_long_prompts_are_left_out_and_counted(config: RLConfig, replaced: Repla
         choose_prompts(replaced(max_prompt_tokens=2))
 
 
+def test_problems_with_a_blank_answer_are_left_out_and_counted(config: RLConfig, replaced: Replaced) -> None:
+    with config.prompts.open("a") as file:
+        file.writelines(json.dumps({"input": f"{n}?", "label": " " * n}) + "\n" for n in range(2))
+    each = ValidationSet(name="toy", prompts=config.prompts)
+    asked = replaced(num_steps=5, validation=ValidationConfig(sets=(each,)))
+    plan, report = choose_prompts(asked)
+    assert (report.distinct, report.unanswered, report.too_long) == (22, 2, 0)
+    assert (report.validation, report.validation_unanswered, report.validation_too_long) == (20, 2, 0)
+    assert all(prompt.label for prompt in plan.prompts) and all(each.label["validation"] for each in plan.validation)
+    assert "2 whose answer is blank" in report.describe(asked) and "20 remain; " in report.describe(asked)
+
+
 def test_one_pass_uses_exactly_the_prompts_of_the_steps(config: RLConfig) -> None:
     plan = plan_prompts(read_prompts(config, "none"), config)
     assert plan.num_episodes == 1
@@ -165,9 +177,9 @@ def test_validation_problems_are_marked_and_long_ones_counted(config: RLConfig, 
     expected = ValidationPrompt("Question:\nxxx\nAnswer:\n", {"validation": "3"}, "AMC")
     assert plan.validation == (expected,)
     assert (report.validation, report.validation_too_long) == (1, 1)
-    assert "for validation 1, without 1 longer than 30 tokens" in report.describe(asked)
+    assert "for validation 1, without 0 whose answer is blank and 1 longer than 30 tokens" in report.describe(asked)
     assert "for validation" not in choose_prompts(config)[1].describe(config)
-    with pytest.raises(BadInput, match="no problem of the validation sets AMC has at most 9 tokens"):
+    with pytest.raises(BadInput, match="no problem of the validation sets AMC has an answer and at most 9 tokens"):
         choose_prompts(replace(asked, validation=replace(asked.validation, max_prompt_tokens=9)))
 
 
