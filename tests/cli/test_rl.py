@@ -26,6 +26,12 @@ def test_a_dry_run_prints_openrlhf_s_command_and_touches_nothing(octo: Octo, tmp
     assert snapshot(tmp_path) == before
 
 
+def test_help_of_a_recipe_lists_its_settings(octo: Octo) -> None:
+    done = octo("rl", f"{MINIATURE}:rl_long", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--watch.window-steps" in done.stdout
+
+
 @pytest.mark.parametrize("prompts", ["prompts.jsonl", "prom*.jsonl"])
 def test_a_dry_run_checks_what_is_there(octo: Octo, tmp_path: Path, prompts: str) -> None:
     (tmp_path / "model").mkdir()
