@@ -19,7 +19,7 @@ from megatron_octo.data.templates import BadRecord, look_up
 from megatron_octo.errors import BadInput
 from megatron_octo.grading import extract_answer
 from megatron_octo.rl.agent import VALIDATION
-from megatron_octo.rl.decontaminate import Overlaps
+from megatron_octo.rl.decontaminate import NUM_WORDS, Overlaps, is_too_short
 
 REPORT = "prompts.json"
 # The paper's, after its public rl_dataset.py; none ends in a space or begins with a beginning-of-text token.
@@ -79,6 +79,8 @@ class PromptReport:
     too_long: int
     contaminated: tuple[dict[str, str], ...]
     """Of each: the problem, the evaluation set, and the words that they share."""
+    too_short: int
+    """Compared with evaluation sets in vain: they have fewer words than are to be shared. They stay."""
     validation: int = 0
     validation_unanswered: int = 0
     validation_too_long: int = 0
@@ -86,6 +88,7 @@ class PromptReport:
     def describe(self, config: RLConfig) -> str:
         """A line for the log."""
         left = self.distinct - self.unanswered - self.too_long - len(self.contaminated)
+        compared = f", {self.too_short:,} of them with fewer than {NUM_WORDS} words, too few to share"
         asked = (
             f"; for validation {self.validation:,}, without {self.validation_unanswered:,} whose answer is blank and "
             f"{self.validation_too_long:,} longer than {config.validation.max_prompt_tokens} tokens"
@@ -93,7 +96,8 @@ class PromptReport:
         return (
             f"{self.distinct:,} distinct prompts in {config.prompts}; left out: {self.unanswered:,} whose answer is "
             f"blank, {self.too_long:,} longer than {config.max_prompt_tokens} tokens, {len(self.contaminated):,} that "
-            f"share words with evaluation sets; {left:,} remain{asked if config.validation.sets else ''}"
+            f"share words with evaluation sets; {left:,} remain{compared if config.decontaminate_against else ''}"
+            f"{asked if config.validation.sets else ''}"
         )
 
 
@@ -106,7 +110,8 @@ def choose_prompts(config: RLConfig) -> tuple[PromptPlan, PromptReport]:
     found = read_prompts(config, config.template)
     overlaps = Overlaps.read(config.decontaminate_against)
     answered = [prompt for prompt in found if prompt.label]
-    contaminated = {prompt: hit for prompt in answered if (hit := overlaps.find(prompt.input)) is not None}
+    problems = {prompt: _problem(prompt, TEMPLATES[config.template]) for prompt in answered}
+    contaminated = {prompt: hit for prompt, text in problems.items() if (hit := overlaps.find(text)) is not None}
     clean = [prompt for prompt in answered if prompt not in contaminated]
     short = _short(clean, config.model, config.max_prompt_tokens)
     asked = read_validation(config)
@@ -124,6 +129,7 @@ def choose_prompts(config: RLConfig) -> tuple[PromptPlan, PromptReport]:
         unanswered=len(found) - len(answered),
         too_long=len(clean) - len(short),
         contaminated=tuple({"prompt": each.input, **asdict(hit)} for each, hit in contaminated.items()),
+        too_short=sum(is_too_short(problems[each]) for each in short),
         validation=len(short_asked),
         validation_unanswered=len(asked) - len(answered_asked),
         validation_too_long=len(answered_asked) - len(short_asked),
@@ -210,6 +216,12 @@ def _field(record: object, column: str, where: str) -> object:
         return look_up(record, column)
     except BadRecord as error:
         raise BadInput(f"{where}: {error}", fix=fix) from None
+
+
+def _problem(prompt: Prompt, template: str) -> str:
+    """A prompt without its template, which an evaluation set may have as well."""
+    before, after = template.format("\0").split("\0")
+    return prompt.input.removeprefix(before).removesuffix(after)
 
 
 def _short[P: (Prompt, ValidationPrompt)](prompts: Sequence[P], model: Path, most_tokens: int) -> list[P]:

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_octo.config.rl import RLConfig, ValidationConfig, ValidationSet
 from megatron_octo.errors import BadInput, SettingsError
+from megatron_octo.rl.decontaminate import Overlaps
 from megatron_octo.rl.prompts import (
     TEMPLATES,
     Prompt,
@@ -105,11 +106,37 @@ def test_problems_of_evaluation_sets_are_left_out_and_listed(
     asked = replaced(decontaminate_against=(tmp_path / "test.jsonl",), max_prompt_tokens=100)
     _, report = choose_prompts(asked)
     (hit,) = report.contaminated
+    assert report.too_short == 20 and "20 of them with fewer than 13 words" in report.describe(asked)
     assert hit["prompt"].startswith("A, TRAIN")
     assert (hit["evaluation_set"], hit["words"]) == (str(tmp_path / "test.jsonl"), " ".join(SHARED.split()[:13]))
     assert report.distinct == 22
     assert "1 that share words with evaluation sets; 21 remain" in report.describe(asked)
     assert choose_prompts(config)[1].contaminated == ()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"extra": {"question": SHARED}}, {"messages": [{"role": "user", "content": SHARED}]}, [["x", SHARED]], SHARED],
+)
+def test_an_evaluation_set_s_texts_are_found_however_deep(record: object, tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    assert Overlaps.read([tmp_path / "test.json"]).find(SHARED) is not None
+
+
+@pytest.mark.parametrize("text", ["", '{"problem": "1 + 1?"}\n'])
+def test_an_evaluation_set_that_could_leave_out_nothing_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text(text)
+    with pytest.raises(BadInput, match="has no text of 13 words"):
+        Overlaps.read([tmp_path / "test.jsonl"])
+
+
+def test_a_template_in_an_evaluation_set_is_no_overlap(tmp_path: Path, config: RLConfig, replaced: Replaced) -> None:
+    text = TEMPLATES["complex"].format("Find something else altogether.")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    asked = replaced(
+        decontaminate_against=(tmp_path / "test.jsonl",), template="complex", max_prompt_tokens=1_000, num_steps=5
+    )
+    assert choose_prompts(asked)[1].contaminated == ()
 
 
 def test_long_prompts_are_left_out_and_counted(config: RLConfig, replaced: Replaced) -> None:
