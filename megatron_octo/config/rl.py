@@ -42,13 +42,14 @@ class RLWatchConfig(Settings):
     on_non_finite: RLAction = "stop"
     """At a reward, loss, gradient norm or vllm_kl that is infinite or not a number."""
     on_stale_weights: RLAction = "stop"
-    """At a vllm_kl beyond `most_vllm_kl`: rollouts come from other weights than those trained."""
+    """At a vllm_kl beyond `most_vllm_kl`, or on its way there: rollouts come from other weights than those trained."""
     on_collapse: RLAction = "stop"
     """At a score that has fallen while responses are cut off."""
     on_repetition: RLAction = "stop"
     """At responses that have begun to repeat themselves."""
     window_steps: int = 5
-    """Collapse and repetition compare the mean of so many last steps with the best mean of as many before."""
+    """Collapse, repetition and a rise of vllm_kl compare the mean of so many last steps with the best mean of as many
+    before."""
     score_fall: float = 0.5
     """Collapse: so much of the best share of right answers is lost, and"""
     truncated_share: float = 0.5
@@ -58,6 +59,8 @@ class RLWatchConfig(Settings):
     most_vllm_kl: float | None = None
     """Largest |vllm_kl|; None: 1e-3 on a CPU, where equal weights give 1e-4, and 0.02 on a GPU, whose kernels differ
     more. Nobody has run this on a GPU yet."""
+    vllm_kl_rise: float = 10.0
+    """A rise of |vllm_kl|: so many times its lowest, and at least half of `most_vllm_kl`."""
     most_roll_backs: int = 2
     """Stop at the next."""
 
@@ -68,6 +71,11 @@ class RLWatchConfig(Settings):
         for name in ("score_fall", "truncated_share", "repetition_rise"):
             value = getattr(self, name)
             require(0 < value <= 1, f"watch.{name} {value:g} is not in (0, 1]", fix="it is a share: 0.5, say")
+        require(
+            self.vllm_kl_rise > 1,
+            f"watch.vllm_kl_rise {self.vllm_kl_rise:g} is not above 1",
+            fix="it is a factor: 10, say",
+        )
         require(
             self.most_roll_backs >= 0,
             f"watch.most_roll_backs {self.most_roll_backs} is below 0",
