@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -144,6 +145,11 @@ class ValidationConfig(Settings):
             "again and again",
             fix="raise validation.temperature or ask for one sample",
         )
+        require(
+            0 <= self.temperature < math.inf,
+            f"validation.temperature {self.temperature:g} is no number from 0 on",
+            fix="give 0, which is greedy, or more",
+        )
         names = [each.name for each in self.sets]
         require(
             len(set(names)) == len(names),
@@ -237,6 +243,14 @@ class RLConfig(Settings):
         )
         lengths = ("max_prompt_tokens", "max_response_tokens", "max_tokens_per_gpu")
         require_positive(self, "", *counts, *lengths)
+        for name in ("learning_rate", "temperature", "clip_low", "clip_high"):
+            value = getattr(self, name)
+            require(
+                0 < value < math.inf, f"{name} {value:g} is no number above 0", fix="give the paper's: leave it out"
+            )
+        for name in ("kl_coefficient", "seed"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} {value:g} is no number from 0 on", fix="give 0 or more")
         samples = self.prompts_per_step * self.samples_per_prompt
         require(
             samples % self.updates_per_step == 0,
@@ -258,6 +272,7 @@ class RLConfig(Settings):
             fix="validate more often, or name no validation.sets",
         )
         self._check_schedule()
+        self._check_roll_backs()
 
     def _check_schedule(self) -> None:
         before = 0
@@ -271,6 +286,15 @@ class RLConfig(Settings):
                 fix="write the borders in rollout steps, ascending, and have save_every_steps divide them",
             )
             before = stage.after_step
+
+    def _check_roll_backs(self) -> None:
+        kept, window = self.save_every_steps * (self.keep_last_saves - 1), self.watch.window_steps
+        require(
+            "roll_back" not in (self.watch.on_collapse, self.watch.on_repetition) or kept >= window,
+            f"watch rolls back to before a window of {window} steps, and the last {self.keep_last_saves} saves, every "
+            f"{self.save_every_steps} steps, may all be from within it",
+            fix="raise keep_last_saves or save_every_steps, or lower watch.window_steps",
+        )
 
     @property
     def num_devices(self) -> int:

@@ -220,6 +220,7 @@ def test_a_problem_in_two_validation_sets_is_refused(config: RLConfig, replaced:
     ("fields", "said"),
     [
         ({"samples_per_prompt": 4}, "samples_per_prompt 4 at temperature 0"),
+        ({"temperature": -1.0}, r"validation\.temperature -1 is no number"),
         ({"every_steps": 0}, r"validation\.every_steps 0"),
         ({"sets": (ValidationSet(name="a", prompts=Path("x")),) * 2}, "validation.sets are called a, a"),
     ],
