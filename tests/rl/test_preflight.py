@@ -157,6 +157,9 @@ def test_damaged_weights_are_refused(config: RLConfig) -> None:
         ("tokenizer.json", None, "lacks tokenizer.json"),
         ("generation_config.json", None, "lacks generation_config.json"),
         ("generation_config.json", "{}", "no eos_token_id"),
+        ("generation_config.json", "[]", "holds no JSON object"),
+        ("config.json", "[]", "holds no JSON object"),
+        ("config.json", json.dumps({**SHAPE, "hidden_size": None, "vocab_size": "384"}), "for hidden_size, vocab_size"),
         ("config.json", json.dumps({**SHAPE, "num_attention_heads": 4}), "heads of 16 .* vLLM on a CPU takes 32"),
         (
             "config.json",
