@@ -22,7 +22,8 @@ def recipe(name: str) -> RLConfig:
 
 def test_each_llama_has_its_three_branches_and_qwen_is_there_to_compare() -> None:
     branches = {f"{model}_{branch}" for model in ("llama32_1b", "llama32_3b", "llama31_8b") for branch in BRANCHES}
-    assert set(NAMES) == branches | {"llama32_3b_base", "qwen25_3b_base", "llama32_3b_long_official_script"}
+    scripts = {f"llama32_3b_{branch}_official_script" for branch in ("long", "hybrid")}
+    assert set(NAMES) == branches | {"llama32_3b_base", "qwen25_3b_base"} | scripts
 
 
 BRANCHES = {
