@@ -10,7 +10,7 @@ import socket
 from importlib import metadata
 from pathlib import Path
 
-from megatron_octo import rundir
+from megatron_octo import console, rundir
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.data.tokenizer import check_vocabulary
 from megatron_octo.errors import BadInput
@@ -30,6 +30,8 @@ COPY_BYTES = 2  # of a Hugging Face folder
 FINAL_COPIES = 2  # OpenRLHF's last folder, and hf/
 ANSWER = r"\sqrt{8}"  # as a string or a number it equals nothing: math-verify has to decide
 SAMPLES = {"right": r"\boxed{2\sqrt{2}}", "wrong": r"\boxed{3\sqrt{2}}", "hostile": r"\boxed{9^{9^{9^{9^9}}}}"}
+
+log = console.logger(__name__)
 
 
 def visible_gpus() -> int:
@@ -100,6 +102,14 @@ def check_files(config: RLConfig, *, cuda: bool) -> tuple[prompts.PromptPlan, pr
     """
     check_model(config, cuda=cuda)
     check_disk(config)
+    if config.validation.sets and config.save_every_steps % config.validation.every_steps:
+        log.warning(
+            "%s: save_every_steps %d is no multiple of validation.every_steps %d: saves without a validation cannot be "
+            "the best",
+            config.name,
+            config.save_every_steps,
+            config.validation.every_steps,
+        )
     return prompts.choose_prompts(config)
 
 
