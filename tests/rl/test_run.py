@@ -233,6 +233,7 @@ def test_a_run_leaves_the_model_its_descent_and_its_metrics(config: RLConfig, us
     assert link.weights_sha256 == rundir.sha256_folder(folder, "*.safetensors")
     rows = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
+    assert [row["rl/updates"] for row in rows] == [2, 4]
     assert all(row["rl/accuracy"] == 0.5 and row["time_s"] >= 0 for row in rows)
     assert "noise" in (config.output / "log/openrlhf.log").read_text()
 
