@@ -132,7 +132,11 @@ def _all_rows(config: RLConfig) -> list[collect.Row]:
     path = config.output / collect.METRICS
     rows = collect.read_metrics(path)
     if len(rows) < config.num_steps:
-        rows = collect.fill_gaps(rows, collect.read_events(config.output / TENSORBOARD), config.num_steps)
+        events = {
+            step: {**row, "rl/updates": step * config.updates_per_step}
+            for step, row in collect.read_events(config.output / TENSORBOARD).items()
+        }
+        rows = collect.fill_gaps(rows, events, config.num_steps)
         collect.write_metrics(path, rows)
     if len(rows) != config.num_steps:
         raise VerificationError(

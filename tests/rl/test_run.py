@@ -398,6 +398,16 @@ def test_a_killed_run_goes_on_after_its_last_whole_checkpoint(config: RLConfig, 
     assert rows[0]["time_s"] <= rows[1]["time_s"]
 
 
+def test_a_step_whose_line_was_lost_has_its_updates_too(
+    config: RLConfig, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "read_events", lambda folder: {1: {"step": 1, "rl/accuracy": 0.9}})
+    use(FakeEngine([step(2)]))
+    run_rl(config)
+    rows = collect.read_metrics(config.output / "metrics.jsonl")
+    assert [(row["step"], row["rl/updates"]) for row in rows] == [(1, 2), (2, 4)]
+
+
 def test_a_run_killed_in_its_first_save_starts_over(config: RLConfig, use: Use) -> None:
     rundir.write_json(config.output / "config.json", to_dict(config))
     torn = checkpoint(config, 1, latest=False)
