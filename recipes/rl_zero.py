@@ -22,7 +22,8 @@ the base models in runs/hf/NAME, and the problems in runs/prompts/math8k, by
     hf download alterego238/simplerl-math8k --repo-type dataset --revision refs/convert/parquet \\
         --local-dir runs/prompts/math8k
 
-190 of these problems share 13 words with one of MATH500 (decontaminate_against leaves them out; the paper does not).
+190 of these problems share 13 words with one of MATH500, 217 if its solutions count (decontaminate_against, which reads
+all texts of a file, leaves them out; the paper does not).
 
 Hardware: one node of 8 GPUs of 80 GB holds every size: of the 8B, 16 bytes a parameter over 8 GPUs are 16 GB of
 training state a GPU, and vLLM's own copy is 16 GB of its 48 (60%). A second node (`--num-nodes 2`) is for time: it
