@@ -24,8 +24,14 @@ _REPEATING = re.compile(r"([+-]?)([0-9]{0,32})\.([0-9]{0,32})\\overline\{([0-9]{
 _RUNAWAY = re.compile(
     r"(?:\^|\*\*)\{?\(?[+-]?[0-9]{4,}|(?:\^|\*\*).*(?:\^|\*\*).*(?:\^|\*\*)|[0-9]{3,}\)*!|!!|[0-9]{65,}"
 )
+# Of what has no value the symbolic engine makes one: a product of a word's letters, the truth of a relation of numbers.
+_VALUELESS = re.compile(
+    r"[a-z]{3,}|(?!.*(?:and|or))[0-9a-z]*[a-z][0-9][0-9a-z]*"  # a word; a label, such as A2
+    r"|[^a-z\\<>]*(?:(?:[<>]|\\(?:[lg](?:eq?|t)|neq?)(?![a-z]))[^a-z\\<>]*)+"
+)
 
-_WORDS = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname|underline)\s*\{([^{}]*)\}"
+_WORDS = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|boldsymbol|mbox|operatorname|underline)\s*\{([^{}]*)\}"
+_DEGREE = r"(?:\u00b0|\\degree(?![a-z])|\^\s*\{?\s*\\circ\s*\}?)"
 _POWER = r"(?:\^\{?([23])\}?)?"
 # How a unit is compared: its names. Others are dropped where they follow a number as text.
 _UNITS = {
@@ -70,8 +76,13 @@ _REWRITES = [  # of lower-case text, in this order; none changes what an answer 
     for pattern, replacement in (
         ("[\u2212\u2013]", "-"),
         ("\u03c0", r"\\pi "),
-        (r"(?:\u00b0|\\degree(?![a-z])|\^\s*\{?\s*\\circ\s*\}?)\s*(?:\\(?:text|mathrm)\{[cf]\})?\W*$", "#degree"),
-        (r"\\[()\[\]]|\\?\$", ""),
+        ("\u221e|(?<!\\\\)infinity", r"\\infty "),
+        ("\u00bd", r"\\frac{1}{2}"),
+        (r"\u221a(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),
+        (r"^([+-]?[0-9]+)\s+([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
+        (rf"(\\(?:sin|cos|tan|cot|sec|csc))[\s({{]*([0-9.]+)\s*{_DEGREE}\s*[)}}]?", r"\1(\2\\pi/180)"),
+        (_DEGREE + r"\s*(?:\\(?:text|mathrm)\{[cf]\})?\W*$", "#degree"),
+        (r"\\[()\[\]]|\\?\$|[\u20ac\u00a3]", ""),
         (r"\\[dtc]frac(?![a-z])", r"\\frac"),
         (r"\\(?:left|right|bigg?[lr]?|displaystyle|approx|q?quad)(?![a-z])|\\color\s*\{[^{}]*\}", ""),
         (r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset"),
@@ -157,6 +168,8 @@ def answers_equal(answer: str, reference: str) -> bool:
     x, y = number(a.text), number(b.text)
     if x is not None and y is not None:
         return x == y or ("%" in (a.unit, b.unit) and x * a.share == y * b.share)
+    if a.is_valueless or b.is_valueless:
+        return False
     return any(
         symbolic.equal(*texts)
         for texts in dict.fromkeys([(a.text, b.text), (answer, reference)])
@@ -177,6 +190,11 @@ class Measure:
     def share(self) -> Fraction:
         """What one of the unit is worth: a hundredth, if it is a percent."""
         return Fraction(1, 100) if self.unit == "%" else Fraction(1)
+
+    @property
+    def is_valueless(self) -> bool:
+        """Whether it is a word, a label, the digits of a base or a statement about numbers: equal as text or not."""
+        return bool(_VALUELESS.fullmatch(self.text)) or (self.unit or "").startswith("_")
 
     def disagrees(self, other: Measure) -> bool:
         """Whether both say what they count and it is not the same."""

@@ -10,7 +10,8 @@ Where the numbers come from (arXiv 2506.20512 and its public code):
             scripts have it, and the simple one elsewhere
   ours      the schedule and the length of 1B and 8B, for which no script was released; when to save; the layout
 
-The released scripts and the paper disagree: 256 prompts and 16 updates. `llama32_3b_long_official_script` is theirs.
+The released scripts, for the 3B's long and hybrid branches, disagree with the paper: 256 prompts and 16 updates. The
+recipes that end in `official_script` are theirs.
 
 What a recipe reads lies in $OCTO_RUNS (default: runs). The branches' exports, by
 
@@ -21,7 +22,8 @@ the base models in runs/hf/NAME, and the problems in runs/prompts/math8k, by
     hf download alterego238/simplerl-math8k --repo-type dataset --revision refs/convert/parquet \\
         --local-dir runs/prompts/math8k
 
-190 of these problems share 13 words with one of MATH500 (decontaminate_against leaves them out; the paper does not).
+190 of these problems share 13 words with one of MATH500, 217 if its solutions count (decontaminate_against, which reads
+all texts of a file, leaves them out; the paper does not).
 
 Hardware: one node of 8 GPUs of 80 GB holds every size: of the 8B, 16 bytes a parameter over 8 GPUs are 16 GB of
 training state a GPU, and vLLM's own copy is 16 GB of its 48 (60%). A second node (`--num-nodes 2`) is for time: it
@@ -99,9 +101,12 @@ def qwen25_3b_base() -> RLConfig:
 
 def llama32_3b_long_official_script() -> RLConfig:
     """Llama-3.2-3B, long branch, with the released script's batch: 256 prompts, 16 updates a rollout step."""
-    return replace(
-        _renamed(llama32_3b_long(), "llama32-3b-rl-long-official-script"), prompts_per_step=256, updates_per_step=16
-    )
+    return _official_script(llama32_3b_long())
+
+
+def llama32_3b_hybrid_official_script() -> RLConfig:
+    """Llama-3.2-3B, hybrid branch, with the released script's batch: 256 prompts, 16 updates a rollout step."""
+    return _official_script(llama32_3b_hybrid())
 
 
 def _branch(model: str, branch: str) -> RLConfig:
@@ -128,6 +133,10 @@ def _base(model: str) -> RLConfig:
         output=run_folder(name),
         num_steps=NUM_STEPS,
     )
+
+
+def _official_script(config: RLConfig) -> RLConfig:
+    return replace(_renamed(config, f"{config.name}-official-script"), prompts_per_step=256, updates_per_step=16)
 
 
 def _renamed(config: RLConfig, name: str) -> RLConfig:

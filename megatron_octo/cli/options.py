@@ -79,7 +79,7 @@ def refuse_mistyped(out: argparse.ArgumentParser, rest: Sequence[str], kinds: Se
     own = list(_options(out))
     for option in (arg.partition("=")[0] for arg in rest if arg.startswith("--")):
         near = difflib.get_close_matches(option, own, n=1, cutoff=0.8)
-        if near and "." not in option and option.replace("_", "-") not in fields:
+        if near and near[0] != option and "." not in option and option.replace("_", "-") not in fields:
             raise BadInput(f"unknown option {option}", fix=f"did you mean {near[0]}?")
 
 

@@ -77,11 +77,14 @@ def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
     """Show the command line of each run as this machine would start it, and check what is there already."""
     from megatron_octo.data.read import names_files
     from megatron_octo.rl.command import check_command, command
-    from megatron_octo.rl.preflight import check_files, check_machine, has_gpu
+    from megatron_octo.rl.preflight import check_cluster, check_files, check_machine, has_gpu
+    from megatron_octo.rl.run import check_settings
 
     shown: list[dict[str, Any]] = []
     cuda = has_gpu()
     for config in configs:
+        check_settings(config)
+        check_cluster(config)
         check_machine(config, cuda=cuda)
         files = (config.model, config.prompts, *(each.prompts for each in config.validation.sets))
         missing = [str(path) for path in files if not names_files(path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,13 +43,14 @@ class RLWatchConfig(Settings):
     on_non_finite: RLAction = "stop"
     """At a reward, loss, gradient norm or vllm_kl that is infinite or not a number."""
     on_stale_weights: RLAction = "stop"
-    """At a vllm_kl beyond `most_vllm_kl`: rollouts come from other weights than those trained."""
+    """At a vllm_kl beyond `most_vllm_kl`, or on its way there: rollouts come from other weights than those trained."""
     on_collapse: RLAction = "stop"
     """At a score that has fallen while responses are cut off."""
     on_repetition: RLAction = "stop"
     """At responses that have begun to repeat themselves."""
     window_steps: int = 5
-    """Collapse and repetition compare the mean of so many last steps with the best mean of as many before."""
+    """Collapse, repetition and a rise of vllm_kl compare the mean of so many last steps with the best mean of as many
+    before."""
     score_fall: float = 0.5
     """Collapse: so much of the best share of right answers is lost, and"""
     truncated_share: float = 0.5
@@ -58,6 +60,8 @@ class RLWatchConfig(Settings):
     most_vllm_kl: float | None = None
     """Largest |vllm_kl|; None: 1e-3 on a CPU, where equal weights give 1e-4, and 0.02 on a GPU, whose kernels differ
     more. Nobody has run this on a GPU yet."""
+    vllm_kl_rise: float = 10.0
+    """A rise of |vllm_kl|: so many times its lowest, and at least half of `most_vllm_kl`."""
     most_roll_backs: int = 2
     """Stop at the next."""
 
@@ -68,6 +72,11 @@ class RLWatchConfig(Settings):
         for name in ("score_fall", "truncated_share", "repetition_rise"):
             value = getattr(self, name)
             require(0 < value <= 1, f"watch.{name} {value:g} is not in (0, 1]", fix="it is a share: 0.5, say")
+        require(
+            self.vllm_kl_rise > 1,
+            f"watch.vllm_kl_rise {self.vllm_kl_rise:g} is not above 1",
+            fix="it is a factor: 10, say",
+        )
         require(
             self.most_roll_backs >= 0,
             f"watch.most_roll_backs {self.most_roll_backs} is below 0",
@@ -135,6 +144,11 @@ class ValidationConfig(Settings):
             f"validation.samples_per_prompt {self.samples_per_prompt} at temperature 0 would be the same response "
             "again and again",
             fix="raise validation.temperature or ask for one sample",
+        )
+        require(
+            0 <= self.temperature < math.inf,
+            f"validation.temperature {self.temperature:g} is no number from 0 on",
+            fix="give 0, which is greedy, or more",
         )
         names = [each.name for each in self.sets]
         require(
@@ -229,6 +243,14 @@ class RLConfig(Settings):
         )
         lengths = ("max_prompt_tokens", "max_response_tokens", "max_tokens_per_gpu")
         require_positive(self, "", *counts, *lengths)
+        for name in ("learning_rate", "temperature", "clip_low", "clip_high"):
+            value = getattr(self, name)
+            require(
+                0 < value < math.inf, f"{name} {value:g} is no number above 0", fix="give the paper's: leave it out"
+            )
+        for name in ("kl_coefficient", "seed"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} {value:g} is no number from 0 on", fix="give 0 or more")
         samples = self.prompts_per_step * self.samples_per_prompt
         require(
             samples % self.updates_per_step == 0,
@@ -250,6 +272,7 @@ class RLConfig(Settings):
             fix="validate more often, or name no validation.sets",
         )
         self._check_schedule()
+        self._check_roll_backs()
 
     def _check_schedule(self) -> None:
         before = 0
@@ -263,6 +286,15 @@ class RLConfig(Settings):
                 fix="write the borders in rollout steps, ascending, and have save_every_steps divide them",
             )
             before = stage.after_step
+
+    def _check_roll_backs(self) -> None:
+        kept, window = self.save_every_steps * (self.keep_last_saves - 1), self.watch.window_steps
+        require(
+            "roll_back" not in (self.watch.on_collapse, self.watch.on_repetition) or kept >= window,
+            f"watch rolls back to before a window of {window} steps, and the last {self.keep_last_saves} saves, every "
+            f"{self.save_every_steps} steps, may all be from within it",
+            fix="raise keep_last_saves or save_every_steps, or lower watch.window_steps",
+        )
 
     @property
     def num_devices(self) -> int:

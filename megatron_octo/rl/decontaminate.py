@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_octo.data.read import read_records
+from megatron_octo.errors import BadInput
 
 NUM_WORDS = 13
 _WORD = re.compile(r"[^\W_]+")
@@ -34,22 +34,40 @@ class Overlaps:
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> Overlaps:
-        """Those of all texts in the records of these files.
+        """Those of all texts in the records of these files, however deep.
 
         Raises:
-            BadInput: there is no such file, or it is damaged.
+            BadInput: there is no such file, it is damaged, or has no such run.
         """
-        return cls({words: str(path) for path in paths for text in _texts(path) for words in _runs(text)})
+        owners: dict[str, str] = {}
+        for path in paths:
+            found = {
+                words: str(path) for record in read_records(path) for text in _texts(record) for words in _runs(text)
+            }
+            if not found:
+                raise BadInput(
+                    f"{path} has no text of {NUM_WORDS} words: it would leave out nothing",
+                    fix="name a file that has the evaluation set's problems, or leave it out of decontaminate_against",
+                )
+            owners |= found
+        return cls(owners)
 
     def find(self, text: str) -> Overlap | None:
         """The first run of words that the text shares, None for none."""
         return next((Overlap(self.owners[words], words) for words in _runs(text) if words in self.owners), None)
 
 
-def _texts(path: Path) -> Iterator[str]:
-    for record in read_records(path):
-        values: list[Any] = list(record.values()) if isinstance(record, dict) else [record]
-        yield from (value for value in values if isinstance(value, str))
+def is_too_short(text: str) -> bool:
+    """Whether a text has no run of 13 words, and so shares none."""
+    return next(_runs(text), None) is None
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
 
 
 def _runs(text: str) -> Iterator[str]:

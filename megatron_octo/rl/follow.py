@@ -44,6 +44,7 @@ class Follower:
         row = collect.parse_step(text)
         if row is not None:
             self.recent.clear()
+            row["rl/updates"] = row["step"] * self._config.updates_per_step
             row["time_s"] = round(self._time_before_s + time.monotonic() - self._began, 3)
             self.rows.append(row)
             collect.append_metrics(self._config.output / collect.METRICS, row)

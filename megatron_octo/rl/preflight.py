@@ -10,7 +10,7 @@ import socket
 from importlib import metadata
 from pathlib import Path
 
-from megatron_octo import rundir
+from megatron_octo import console, rundir
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.data.tokenizer import check_vocabulary
 from megatron_octo.errors import BadInput
@@ -23,12 +23,15 @@ VERSIONS = {"openrlhf": "0.11.2", "ray": "2.55", "deepspeed": "0.19", "vllm": "0
 """What a version must begin with: OpenRLHF's flags change with each release, and its parts are called from inside."""
 NUM_PORTS = 32  # that Ray, DeepSpeed and vLLM open a device; they take what is free
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+SIZES = ("hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")  # in config.json
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CHECKPOINT_BYTES = 14  # a parameter: the weight in 2 bytes; its fp32 copy and two moments for the optimizer
 COPY_BYTES = 2  # of a Hugging Face folder
 FINAL_COPIES = 2  # OpenRLHF's last folder, and hf/
 ANSWER = r"\sqrt{8}"  # as a string or a number it equals nothing: math-verify has to decide
 SAMPLES = {"right": r"\boxed{2\sqrt{2}}", "wrong": r"\boxed{3\sqrt{2}}", "hostile": r"\boxed{9^{9^{9^{9^9}}}}"}
+
+log = console.logger(__name__)
 
 
 def visible_gpus() -> int:
@@ -99,6 +102,14 @@ def check_files(config: RLConfig, *, cuda: bool) -> tuple[prompts.PromptPlan, pr
     """
     check_model(config, cuda=cuda)
     check_disk(config)
+    if config.validation.sets and config.save_every_steps % config.validation.every_steps:
+        log.warning(
+            "%s: save_every_steps %d is no multiple of validation.every_steps %d: saves without a validation cannot be "
+            "the best",
+            config.name,
+            config.save_every_steps,
+            config.validation.every_steps,
+        )
     return prompts.choose_prompts(config)
 
 
@@ -189,20 +200,26 @@ def check_model(config: RLConfig, *, cuda: bool) -> None:
             f"model folder {config.model} lacks {', '.join(missing)}",
             fix="give a whole Hugging Face folder; `octo convert to-hf` writes one",
         )
-    if rundir.read_json(config.model / "generation_config.json").get("eos_token_id") is None:
+    if rundir.read_object(config.model / "generation_config.json").get("eos_token_id") is None:
         raise BadInput(
             f"{config.model}/generation_config.json has no eos_token_id: no response would ever end",
             fix="write the tokenizer's end-of-text id into it",
         )
+    model = rundir.read_object(config.model / "config.json")
+    wrong = [name for name in SIZES if not isinstance(model.get(name), int) or model[name] < 1]
+    if wrong:
+        raise BadInput(
+            f"{config.model}/config.json has no number for {', '.join(wrong)}",
+            fix="take config.json from where the model was made; `octo convert to-hf` writes one",
+        )
     check_vocabulary(config.model)
-    model = rundir.read_json(config.model / "config.json")
     head = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
     if not cuda and head not in CPU_HEAD_SIZES:
         raise BadInput(
             f"attention heads of {head} in {config.model}: vLLM on a CPU takes {', '.join(map(str, CPU_HEAD_SIZES))}",
             fix="use a model with one of these head sizes, or a GPU",
         )
-    positions = model.get("max_position_embeddings", 0)
+    positions = model["max_position_embeddings"]
     needed = max(config.sequence_tokens(stage) for stage in config.stages)
     if needed > positions:
         raise BadInput(

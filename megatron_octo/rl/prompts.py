@@ -1,6 +1,6 @@
 """The prompts of an RL run: read, put into a template, checked, and cut to exactly what its steps use.
 
-OpenRLHF has no number of steps: it goes through its prompt file a number of times. So each run gets
+OpenRLHF has no number of steps: it goes through its prompt file a number of times, shuffled each time. So each run gets
 a file of its own that holds whole steps, and a number of passes. Validation's problems are all asked each time.
 """
 
@@ -19,7 +19,7 @@ from megatron_octo.data.templates import BadRecord, look_up
 from megatron_octo.errors import BadInput
 from megatron_octo.grading import extract_answer
 from megatron_octo.rl.agent import VALIDATION
-from megatron_octo.rl.decontaminate import Overlaps
+from megatron_octo.rl.decontaminate import NUM_WORDS, Overlaps, is_too_short
 
 REPORT = "prompts.json"
 # The paper's, after its public rl_dataset.py; none ends in a space or begins with a beginning-of-text token.
@@ -43,7 +43,7 @@ class Prompt:
     input: str
     """The prompt, template applied."""
     label: str
-    """The right answer."""
+    """The right answer; empty in a record without one, which no run asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class PromptPlan:
     """Which prompts a run uses, and how often."""
 
     prompts: tuple[Prompt, ...]
-    """Whole steps."""
+    """Whole steps; where they are all the run's, some are there again."""
     num_episodes: int
     """Passes over them."""
     validation: tuple[ValidationPrompt, ...] = ()
@@ -75,23 +75,29 @@ class PromptReport:
     """What became of the problems of a file."""
 
     distinct: int
+    unanswered: int
     too_long: int
     contaminated: tuple[dict[str, str], ...]
     """Of each: the problem, the evaluation set, and the words that they share."""
+    too_short: int
+    """Compared with evaluation sets in vain: they have fewer words than are to be shared. They stay."""
     validation: int = 0
+    validation_unanswered: int = 0
     validation_too_long: int = 0
 
     def describe(self, config: RLConfig) -> str:
         """A line for the log."""
-        left = self.distinct - self.too_long - len(self.contaminated)
+        left = self.distinct - self.unanswered - self.too_long - len(self.contaminated)
+        compared = f", {self.too_short:,} of them with fewer than {NUM_WORDS} words, too few to share"
         asked = (
-            f"; for validation {self.validation:,}, without {self.validation_too_long:,} longer than "
-            f"{config.validation.max_prompt_tokens} tokens"
+            f"; for validation {self.validation:,}, without {self.validation_unanswered:,} whose answer is blank and "
+            f"{self.validation_too_long:,} longer than {config.validation.max_prompt_tokens} tokens"
         )
         return (
-            f"{self.distinct:,} distinct prompts in {config.prompts}; left out: {self.too_long:,} longer than "
-            f"{config.max_prompt_tokens} tokens, {len(self.contaminated):,} that share words with evaluation sets; "
-            f"{left:,} remain{asked if config.validation.sets else ''}"
+            f"{self.distinct:,} distinct prompts in {config.prompts}; left out: {self.unanswered:,} whose answer is "
+            f"blank, {self.too_long:,} longer than {config.max_prompt_tokens} tokens, {len(self.contaminated):,} that "
+            f"share words with evaluation sets; {left:,} remain{compared if config.decontaminate_against else ''}"
+            f"{asked if config.validation.sets else ''}"
         )
 
 
@@ -103,24 +109,30 @@ def choose_prompts(config: RLConfig) -> tuple[PromptPlan, PromptReport]:
     """
     found = read_prompts(config, config.template)
     overlaps = Overlaps.read(config.decontaminate_against)
-    contaminated = {prompt: hit for prompt in found if (hit := overlaps.find(prompt.input)) is not None}
-    clean = [prompt for prompt in found if prompt not in contaminated]
+    answered = [prompt for prompt in found if prompt.label]
+    problems = {prompt: _problem(prompt, TEMPLATES[config.template]) for prompt in answered}
+    contaminated = {prompt: hit for prompt, text in problems.items() if (hit := overlaps.find(text)) is not None}
+    clean = [prompt for prompt in answered if prompt not in contaminated]
     short = _short(clean, config.model, config.max_prompt_tokens)
     asked = read_validation(config)
-    short_asked = _short(asked, config.model, config.validation.max_prompt_tokens)
+    answered_asked = [each for each in asked if each.label[VALIDATION]]
+    short_asked = _short(answered_asked, config.model, config.validation.max_prompt_tokens)
     unasked = {each.name for each in config.validation.sets} - {each.datasource for each in short_asked}
     if unasked:
         raise BadInput(
-            f"no problem of the validation sets {', '.join(sorted(unasked))} has at most "
+            f"no problem of the validation sets {', '.join(sorted(unasked))} has an answer and at most "
             f"{config.validation.max_prompt_tokens} tokens",
             fix="raise validation.max_prompt_tokens, or leave them out",
         )
     report = PromptReport(
         distinct=len(found),
+        unanswered=len(found) - len(answered),
         too_long=len(clean) - len(short),
         contaminated=tuple({"prompt": each.input, **asdict(hit)} for each, hit in contaminated.items()),
+        too_short=sum(is_too_short(problems[each]) for each in short),
         validation=len(short_asked),
-        validation_too_long=len(asked) - len(short_asked),
+        validation_unanswered=len(asked) - len(answered_asked),
+        validation_too_long=len(answered_asked) - len(short_asked),
     )
     return replace(plan_prompts(short, config), validation=tuple(short_asked)), report
 
@@ -146,7 +158,7 @@ def read_validation(config: RLConfig) -> list[ValidationPrompt]:
 
 
 def read_prompts(source: RLConfig | ValidationSet, template: str) -> list[Prompt]:
-    """The distinct prompts of `source.prompts`, in its order.
+    """The distinct prompts of `source.prompts`, in its order; where an answer is blank, so is the label.
 
     Raises:
         BadInput: a file is missing or damaged, a record lacks its problem or its answer, or a problem occurs with two
@@ -182,7 +194,10 @@ def _question(record: object, source: RLConfig | ValidationSet, where: str) -> s
 
 
 def _label(record: object, source: RLConfig | ValidationSet, where: str) -> str:
+    """The right answer; empty where the record leaves it blank, as two of MATH8K do."""
     answer = _field(record, source.answer_column, where)
+    if isinstance(answer, str) and not answer.strip():
+        return ""
     text = str(answer) if isinstance(answer, int | float | str) and not isinstance(answer, bool) else ""
     label = text.rpartition("####")[2] if "####" in text else extract_answer(text) or text
     if not label.strip():
@@ -203,6 +218,12 @@ def _field(record: object, column: str, where: str) -> object:
         raise BadInput(f"{where}: {error}", fix=fix) from None
 
 
+def _problem(prompt: Prompt, template: str) -> str:
+    """A prompt without its template, which an evaluation set may have as well."""
+    before, after = template.format("\0").split("\0")
+    return prompt.input.removeprefix(before).removesuffix(after)
+
+
 def _short[P: (Prompt, ValidationPrompt)](prompts: Sequence[P], model: Path, most_tokens: int) -> list[P]:
     """Those of at most so many tokens of the model."""
     from tokenizers import Tokenizer
@@ -215,30 +236,25 @@ def _short[P: (Prompt, ValidationPrompt)](prompts: Sequence[P], model: Path, mos
 
 
 def plan_prompts(prompts: Sequence[Prompt], config: RLConfig) -> PromptPlan:
-    """Choose the prompts of `num_steps` steps, in an order drawn from the seed.
+    """Choose the prompts of `num_steps` steps by the seed: each as often as any other, or once more.
+
+    OpenRLHF shuffles each pass. So passes of whole steps stay passes; otherwise the file is the whole run's, and a step
+    may have a problem twice, as two groups of samples.
 
     Raises:
-        BadInput: there are too few prompts for one pass and the steps are not whole passes.
+        BadInput: there are too few prompts for one step.
     """
     shuffled = random.Random(config.seed).sample(list(prompts), len(prompts))
-    each, steps = config.prompts_per_step, config.num_steps
-    steps_a_pass = len(shuffled) // each
-    if steps_a_pass >= steps:
-        return PromptPlan(tuple(shuffled[: steps * each]), num_episodes=1)
-    counted = f"{len(shuffled):,} usable prompts in {config.prompts} / prompts_per_step {each}"
-    if steps_a_pass == 0:
+    each = config.prompts_per_step
+    if len(shuffled) < each:
         raise BadInput(
-            f"{counted} is not one step",
+            f"{len(shuffled):,} usable prompts in {config.prompts} / prompts_per_step {each} is not one step",
             fix="give more prompts, or lower prompts_per_step, or raise max_prompt_tokens",
         )
-    passes, rest = divmod(steps, steps_a_pass)
-    if rest:
-        raise BadInput(
-            f"{counted} = {steps_a_pass} steps a pass; num_steps {steps} is {passes} passes and {rest} steps",
-            fix=f"num_steps {max(1, passes) * steps_a_pass} or {(passes + 1) * steps_a_pass}, "
-            f"or a file of {steps * each:,} prompts",
-        )
-    return PromptPlan(tuple(shuffled[: steps_a_pass * each]), num_episodes=passes)
+    passes, rest = divmod(config.num_steps * each, len(shuffled))
+    if rest or len(shuffled) % each:
+        return PromptPlan(tuple(shuffled * passes + shuffled[:rest]), num_episodes=1)
+    return PromptPlan(tuple(shuffled), num_episodes=passes)
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt | ValidationPrompt]) -> None:

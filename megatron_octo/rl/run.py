@@ -63,14 +63,23 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
     return [config.output / HF for config in configs]
 
 
-def _skip(config: RLConfig) -> bool:
-    rundir.check_free(config.output)
+def check_settings(config: RLConfig) -> None:
+    """Refuse a folder that was made with other settings than a rerun may change.
+
+    Raises:
+        BadInput: so it is.
+    """
     rundir.check_config(
         config.output,
         to_dict(config),
         fix="give this run another --output, or the settings of the folder",
         may_differ=MAY_DIFFER,
     )
+
+
+def _skip(config: RLConfig) -> bool:
+    rundir.check_free(config.output)
+    check_settings(config)
     if rundir.is_done(config.output):
         log.info("%s: RL is done, skipped", config.output)
         return True
@@ -123,7 +132,11 @@ def _all_rows(config: RLConfig) -> list[collect.Row]:
     path = config.output / collect.METRICS
     rows = collect.read_metrics(path)
     if len(rows) < config.num_steps:
-        rows = collect.fill_gaps(rows, collect.read_events(config.output / TENSORBOARD), config.num_steps)
+        events = {
+            step: {**row, "rl/updates": step * config.updates_per_step}
+            for step, row in collect.read_events(config.output / TENSORBOARD).items()
+        }
+        rows = collect.fill_gaps(rows, events, config.num_steps)
         collect.write_metrics(path, rows)
     if len(rows) != config.num_steps:
         raise VerificationError(

@@ -67,8 +67,17 @@ def _findings(config: RLWatchConfig, rows: Sequence[Row], *, cuda: bool) -> Iter
             "trainer's, as they do when it samples from old weights"
         )
         yield Finding(step=step, since=step, what=what, action=config.on_stale_weights)
+    yield from _growing_gap(config, rows, least=bound / 2)
     yield from _collapse(config, rows)
     yield from _repetition(config, rows)
+
+
+def _growing_gap(config: RLWatchConfig, rows: Sequence[Row], *, least: float) -> Iterator[Finding]:
+    known = [row for row in rows if "rl/vllm_kl" in row]
+    gap = _Course.of([abs(row["rl/vllm_kl"]) for row in known], config.window_steps)
+    if gap is not None and gap.now >= max(config.vllm_kl_rise * gap.lowest, least):
+        what = f"|vllm_kl| rose from {gap.lowest:.3g} to {gap.now:.3g} (means of {config.window_steps} steps)"
+        yield _finding(known, gap.steps_beyond(gap.lowest, falling=False), what, config.on_stale_weights)
 
 
 def _collapse(config: RLWatchConfig, rows: Sequence[Row]) -> Iterator[Finding]:

@@ -26,6 +26,12 @@ def test_a_dry_run_prints_openrlhf_s_command_and_touches_nothing(octo: Octo, tmp
     assert snapshot(tmp_path) == before
 
 
+def test_help_of_a_recipe_lists_its_settings(octo: Octo) -> None:
+    done = octo("rl", f"{MINIATURE}:rl_long", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--watch.window-steps" in done.stdout
+
+
 @pytest.mark.parametrize("prompts", ["prompts.jsonl", "prom*.jsonl"])
 def test_a_dry_run_checks_what_is_there(octo: Octo, tmp_path: Path, prompts: str) -> None:
     (tmp_path / "model").mkdir()
@@ -34,6 +40,24 @@ def test_a_dry_run_checks_what_is_there(octo: Octo, tmp_path: Path, prompts: str
     done = octo("rl", f"{MINIATURE}:rl_long", "--dry-run", *files)
     assert done.returncode == 2
     assert "lacks config.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "address", "said"),
+    [
+        (("--num-nodes", "2"), "", "names no cluster"),
+        ((), "ray://head:10001", "leads to Ray Client"),
+        (("--output", "{made}"), "", "was made with other settings"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(
+    octo: Octo, tmp_path: Path, args: tuple[str, ...], address: str, said: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"name": "another"}')
+    filled = (each.format(made=tmp_path) for each in args)
+    done = octo("rl", f"{MINIATURE}:rl_long", "--dry-run", *filled, RAY_ADDRESS=address)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def test_a_dry_run_names_a_pattern_that_no_file_fits(octo: Octo, tmp_path: Path) -> None:

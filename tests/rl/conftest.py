@@ -97,15 +97,27 @@ def replaced(config: RLConfig):  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def openrlhf_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """OpenRLHF's module that makes samples; its package's other modules (DeepSpeed) are not needed."""
+    """OpenRLHF's module that makes samples."""
+    yield from _openrlhf_module(monkeypatch, "utils", "agent")
+
+
+@pytest.fixture
+def openrlhf_loss(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """OpenRLHF's module of losses."""
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    yield from _openrlhf_module(monkeypatch, "models", "loss")
+
+
+def _openrlhf_module(monkeypatch: pytest.MonkeyPatch, folder: str, module: str) -> Iterator[Any]:
+    """A module of OpenRLHF without its package, whose other modules would load DeepSpeed."""
     pytest.importorskip("openrlhf", reason="openrlhf is not installed")
     spec = importlib.util.find_spec("openrlhf")
     assert spec is not None and spec.origin is not None
-    package: Any = types.ModuleType("openrlhf.utils")
-    package.__path__ = [str(Path(spec.origin).parent / "utils")]
+    package: Any = types.ModuleType(f"openrlhf.{folder}")
+    package.__path__ = [str(Path(spec.origin).parent / folder)]
     before = set(sys.modules)
-    monkeypatch.setitem(sys.modules, "openrlhf.utils", package)
-    yield importlib.import_module("openrlhf.utils.agent")
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    yield importlib.import_module(f"{package.__name__}.{module}")
     for name in set(sys.modules) - before:
         if name.startswith("openrlhf"):
             del sys.modules[name]

@@ -21,6 +21,7 @@ from megatron_octo.rl.preflight import (
     check_cluster,
     check_devices,
     check_disk,
+    check_files,
     check_machine,
     check_model,
     check_ports,
@@ -157,6 +158,9 @@ def test_damaged_weights_are_refused(config: RLConfig) -> None:
         ("tokenizer.json", None, "lacks tokenizer.json"),
         ("generation_config.json", None, "lacks generation_config.json"),
         ("generation_config.json", "{}", "no eos_token_id"),
+        ("generation_config.json", "[]", "holds no JSON object"),
+        ("config.json", "[]", "holds no JSON object"),
+        ("config.json", json.dumps({**SHAPE, "hidden_size": None, "vocab_size": "384"}), "for hidden_size, vocab_size"),
         ("config.json", json.dumps({**SHAPE, "num_attention_heads": 4}), "heads of 16 .* vLLM on a CPU takes 32"),
         (
             "config.json",
@@ -173,6 +177,17 @@ def test_an_unfit_model_folder_is_refused(config: RLConfig, name: str, content: 
         (config.model / name).write_text(content)
     with pytest.raises(BadInput, match=said):
         check_model(config, cuda=False)
+
+
+@pytest.mark.parametrize(("every_steps", "warned"), [(1, False), (2, True)])
+def test_saves_that_no_validation_follows_are_warned_of(
+    every_steps: int, warned: bool, config: RLConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ValidationConfig(sets=(ValidationSet(name="a", prompts=config.prompts),), every_steps=every_steps)
+    model = {**SHAPE, "max_position_embeddings": 8192}
+    (config.model / "config.json").write_text(json.dumps(model))
+    check_files(replace(config, validation=asked), cuda=False)
+    assert ("save_every_steps 1 is no multiple of validation.every_steps 2" in caplog.text) is warned
 
 
 @pytest.mark.parametrize(("response_tokens", "fits"), [(64, True), (65, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from megatron_octo.config.rl import RLConfig, ValidationConfig, ValidationSet
 from megatron_octo.errors import BadInput, SettingsError
+from megatron_octo.rl.decontaminate import Overlaps
 from megatron_octo.rl.prompts import (
     TEMPLATES,
     Prompt,
@@ -104,11 +106,37 @@ def test_problems_of_evaluation_sets_are_left_out_and_listed(
     asked = replaced(decontaminate_against=(tmp_path / "test.jsonl",), max_prompt_tokens=100)
     _, report = choose_prompts(asked)
     (hit,) = report.contaminated
+    assert report.too_short == 20 and "20 of them with fewer than 13 words" in report.describe(asked)
     assert hit["prompt"].startswith("A, TRAIN")
     assert (hit["evaluation_set"], hit["words"]) == (str(tmp_path / "test.jsonl"), " ".join(SHARED.split()[:13]))
     assert report.distinct == 22
     assert "1 that share words with evaluation sets; 21 remain" in report.describe(asked)
     assert choose_prompts(config)[1].contaminated == ()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"extra": {"question": SHARED}}, {"messages": [{"role": "user", "content": SHARED}]}, [["x", SHARED]], SHARED],
+)
+def test_an_evaluation_set_s_texts_are_found_however_deep(record: object, tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    assert Overlaps.read([tmp_path / "test.json"]).find(SHARED) is not None
+
+
+@pytest.mark.parametrize("text", ["", '{"problem": "1 + 1?"}\n'])
+def test_an_evaluation_set_that_could_leave_out_nothing_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text(text)
+    with pytest.raises(BadInput, match="has no text of 13 words"):
+        Overlaps.read([tmp_path / "test.jsonl"])
+
+
+def test_a_template_in_an_evaluation_set_is_no_overlap(tmp_path: Path, config: RLConfig, replaced: Replaced) -> None:
+    text = TEMPLATES["complex"].format("Find something else altogether.")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    asked = replaced(
+        decontaminate_against=(tmp_path / "test.jsonl",), template="complex", max_prompt_tokens=1_000, num_steps=5
+    )
+    assert choose_prompts(asked)[1].contaminated == ()
 
 
 def test_long_prompts_are_left_out_and_counted(config: RLConfig, replaced: Replaced) -> None:
@@ -120,6 +148,18 @@ def test_long_prompts_are_left_out_and_counted(config: RLConfig, replaced: Repla
     assert choose_prompts(replaced(max_prompt_tokens=65))[1].too_long == 0
     with pytest.raises(BadInput, match="0 usable prompts"):
         choose_prompts(replaced(max_prompt_tokens=2))
+
+
+def test_problems_with_a_blank_answer_are_left_out_and_counted(config: RLConfig, replaced: Replaced) -> None:
+    with config.prompts.open("a") as file:
+        file.writelines(json.dumps({"input": f"{n}?", "label": " " * n}) + "\n" for n in range(2))
+    each = ValidationSet(name="toy", prompts=config.prompts)
+    asked = replaced(num_steps=5, validation=ValidationConfig(sets=(each,)))
+    plan, report = choose_prompts(asked)
+    assert (report.distinct, report.unanswered, report.too_long) == (22, 2, 0)
+    assert (report.validation, report.validation_unanswered, report.validation_too_long) == (20, 2, 0)
+    assert all(prompt.label for prompt in plan.prompts) and all(each.label["validation"] for each in plan.validation)
+    assert "2 whose answer is blank" in report.describe(asked) and "20 remain; " in report.describe(asked)
 
 
 def test_one_pass_uses_exactly_the_prompts_of_the_steps(config: RLConfig) -> None:
@@ -134,18 +174,20 @@ def test_the_seed_alone_chooses_prompts_and_their_order(config: RLConfig, replac
     assert plan_prompts(prompts, config) != plan_prompts(prompts, replaced(seed=7))
 
 
-def test_more_steps_than_prompts_are_whole_passes(config: RLConfig, replaced: Replaced) -> None:
+def test_steps_that_are_whole_passes_are_passes(config: RLConfig, replaced: Replaced) -> None:
     plan = plan_prompts(read_prompts(config, "none"), replaced(num_steps=15))
-    assert (len(plan.prompts), plan.num_episodes) == (20, 3)
+    assert (len(plan.prompts), len(set(plan.prompts)), plan.num_episodes) == (20, 20, 3)
 
 
-def test_steps_that_are_not_whole_passes_are_refused_with_the_nearest_that_are(
-    config: RLConfig, replaced: Replaced
+@pytest.mark.parametrize("steps", [11, 12])  # two passes, of five steps and a half; and four prompts more
+def test_other_steps_are_one_pass_that_has_each_prompt_equally_often_or_once_more(
+    steps: int, replaced: Replaced
 ) -> None:
-    with pytest.raises(BadInput) as refused:
-        plan_prompts(read_prompts(config, "none"), replaced(num_steps=12))
-    assert "20 usable prompts" in refused.value.what and "5 steps a pass" in refused.value.what
-    assert "num_steps 10 or 15" in refused.value.fix and "48 prompts" in refused.value.fix
+    prompts = [Prompt(f"{number}?", str(number)) for number in range(22)]
+    plan = plan_prompts(prompts, replaced(num_steps=steps))
+    uses = Counter(plan.prompts)
+    assert (plan.num_episodes, uses.total()) == (1, 4 * steps)
+    assert set(uses) == set(prompts) and set(uses.values()) <= {2, 3}
 
 
 def test_fewer_prompts_than_one_step_are_refused(config: RLConfig, replaced: Replaced) -> None:
@@ -162,9 +204,9 @@ def test_validation_problems_are_marked_and_long_ones_counted(config: RLConfig, 
     expected = ValidationPrompt("Question:\nxxx\nAnswer:\n", {"validation": "3"}, "AMC")
     assert plan.validation == (expected,)
     assert (report.validation, report.validation_too_long) == (1, 1)
-    assert "for validation 1, without 1 longer than 30 tokens" in report.describe(asked)
+    assert "for validation 1, without 0 whose answer is blank and 1 longer than 30 tokens" in report.describe(asked)
     assert "for validation" not in choose_prompts(config)[1].describe(config)
-    with pytest.raises(BadInput, match="no problem of the validation sets AMC has at most 9 tokens"):
+    with pytest.raises(BadInput, match="no problem of the validation sets AMC has an answer and at most 9 tokens"):
         choose_prompts(replace(asked, validation=replace(asked.validation, max_prompt_tokens=9)))
 
 
@@ -178,6 +220,7 @@ def test_a_problem_in_two_validation_sets_is_refused(config: RLConfig, replaced:
     ("fields", "said"),
     [
         ({"samples_per_prompt": 4}, "samples_per_prompt 4 at temperature 0"),
+        ({"temperature": -1.0}, r"validation\.temperature -1 is no number"),
         ({"every_steps": 0}, r"validation\.every_steps 0"),
         ({"sets": (ValidationSet(name="a", prompts=Path("x")),) * 2}, "validation.sets are called a, a"),
     ],

@@ -233,6 +233,7 @@ def test_a_run_leaves_the_model_its_descent_and_its_metrics(config: RLConfig, us
     assert link.weights_sha256 == rundir.sha256_folder(folder, "*.safetensors")
     rows = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
+    assert [row["rl/updates"] for row in rows] == [2, 4]
     assert all(row["rl/accuracy"] == 0.5 and row["time_s"] >= 0 for row in rows)
     assert "noise" in (config.output / "log/openrlhf.log").read_text()
 
@@ -395,6 +396,16 @@ def test_a_killed_run_goes_on_after_its_last_whole_checkpoint(config: RLConfig, 
     rows = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["rl/accuracy"]) for row in rows] == [(1, 0.1), (2, 0.9)]
     assert rows[0]["time_s"] <= rows[1]["time_s"]
+
+
+def test_a_step_whose_line_was_lost_has_its_updates_too(
+    config: RLConfig, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "read_events", lambda folder: {1: {"step": 1, "rl/accuracy": 0.9}})
+    use(FakeEngine([step(2)]))
+    run_rl(config)
+    rows = collect.read_metrics(config.output / "metrics.jsonl")
+    assert [(row["step"], row["rl/updates"]) for row in rows] == [(1, 2), (2, 4)]
 
 
 def test_a_run_killed_in_its_first_save_starts_over(config: RLConfig, use: Use) -> None:

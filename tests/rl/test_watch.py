@@ -84,6 +84,17 @@ def test_stale_weights_are_found_at_the_first_step_beyond_the_bound() -> None:
     assert mirrored is not None and mirrored.step == 4
 
 
+def test_a_vllm_kl_that_rises_is_found_before_it_is_beyond_the_bound() -> None:
+    run = rows(rl_vllm_kl=[*[-5e-5] * 10, *line(-1e-4, -9e-4, 10)])
+    finding = first(run)
+    assert finding is not None and (finding.action, finding.step) == ("stop", 18)
+    assert "|vllm_kl| rose from 5e-05 to 0.000" in finding.what
+    assert 11 < finding.since <= 14, "a save from before the rise is a good one"
+    assert first(run, replace(CONFIG, vllm_kl_rise=20)) is None
+    assert first(rows(rl_vllm_kl=[*[1e-5] * 10, *line(1e-5, 4e-4, 10)])) is None, "far below the bound it is noise"
+    assert first(run, cuda=True) is None
+
+
 def test_a_gpu_has_a_wider_bound_and_a_setting_goes_before_both() -> None:
     run = rows(rl_vllm_kl=[0.01, 0.05])
     found = first(run, cuda=True)
@@ -156,6 +167,7 @@ def test_rows_without_optional_numbers_are_judged_by_the_others() -> None:
         ("truncated_share", 1.5),
         ("most_vllm_kl", -1.0),
         ("most_roll_backs", -1),
+        ("vllm_kl_rise", 1.0),
     ],
 )
 def test_a_watch_that_means_nothing_is_refused(field: str, value: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_octo.config.rl import RLConfig, ValidationConfig, ValidationSet
-from megatron_octo.errors import BadInput
+from megatron_octo.config.rl import RLConfig, RLWatchConfig, ValidationConfig, ValidationSet
+from megatron_octo.errors import BadInput, SettingsError
 from megatron_octo.rl.command import CPU_PATCHES, check_command, command, environment
 
 CONFIG = RLConfig(
@@ -94,6 +95,31 @@ def test_openrlhf_reads_every_setting_as_it_was_meant() -> None:
     assert got["actor"]["model_name_or_path"] == str(Path("model").resolve())
     assert got["train"]["agent_func_path"] == str(Path("out/openrlhf/agent.py").resolve())
     assert got["eval"]["dataset"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -1.0),
+        ("learning_rate", math.nan),
+        ("temperature", 0.0),
+        ("clip_low", -3.0),
+        ("clip_high", math.inf),
+        ("kl_coefficient", -1.0),
+        ("seed", -1),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused(name: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=f"{name} {value:g} is no number"):
+        replace(CONFIG, **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_roll_back_to_saves_that_are_gone_by_then_is_refused() -> None:
+    watch = RLWatchConfig(on_repetition="roll_back", window_steps=11)
+    with pytest.raises(SettingsError, match="the last 2 saves, every 10 steps, may all be from within"):
+        replace(CONFIG, watch=watch)
+    assert replace(CONFIG, watch=watch, keep_last_saves=3).watch == watch
+    assert replace(CONFIG, watch=replace(watch, window_steps=10)).keep_last_saves == 2
 
 
 def test_validation_makes_room_for_its_own_length_and_saves_nothing() -> None:

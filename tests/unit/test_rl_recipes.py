@@ -7,6 +7,7 @@ import pytest
 from megatron_octo.config.load import load_recipe, read_recipes
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.rl.command import command
+from megatron_octo.rl.prompts import Prompt, plan_prompts
 from tests.conftest import REPOSITORY
 
 FILE = REPOSITORY / "recipes" / "rl_zero.py"
@@ -21,7 +22,8 @@ def recipe(name: str) -> RLConfig:
 
 def test_each_llama_has_its_three_branches_and_qwen_is_there_to_compare() -> None:
     branches = {f"{model}_{branch}" for model in ("llama32_1b", "llama32_3b", "llama31_8b") for branch in BRANCHES}
-    assert set(NAMES) == branches | {"llama32_3b_base", "qwen25_3b_base", "llama32_3b_long_official_script"}
+    scripts = {f"llama32_3b_{branch}_official_script" for branch in ("long", "hybrid")}
+    assert set(NAMES) == branches | {"llama32_3b_base", "qwen25_3b_base"} | scripts
 
 
 BRANCHES = {
@@ -59,6 +61,15 @@ def test_the_papers_numbers(name: str) -> None:
     flags = command(config, stage=config.stages[0], num_episodes=1, cuda=True)
     assert flags[flags.index("--rollout.max_new_tokens") + 1] == str(config.max_response_tokens)
     assert flags[flags.index("--train.batch_size") + 1] == str(128 * 16 // 2 if updates[1] == 2 else 256)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("usable", [8_523, 8_301], ids=["math8k", "decontaminated"])
+def test_the_papers_problems_do_for_all_steps(name: str, usable: int) -> None:
+    config = recipe(name)
+    plan = plan_prompts([Prompt(f"{number}?", str(number)) for number in range(usable)], config)
+    assert len(plan.prompts) * plan.num_episodes == config.num_steps * config.prompts_per_step
+    assert len(set(plan.prompts)) == usable, "all are used"
 
 
 def test_names_and_folders_are_distinct() -> None:
