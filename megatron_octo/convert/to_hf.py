@@ -6,6 +6,7 @@ config, tokenizer and lineage, and checks the result before it appears. Run it w
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +91,8 @@ def to_hf(
         check_room(output, hf_folder.num_bytes(source.model, dtype))
 
         def check(written: hf_folder.Weights) -> None:
-            words.result()  # its error ends the work
+            if words.done():
+                words.result()  # its error ends the work
             if verify:
                 compare_export(source, written)
 
@@ -141,12 +143,15 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def _tensors(source: Save) -> Iterator[list[Named]]:
+    @functools.lru_cache(1)  # its parts follow each other
+    def read(key: str, layer: int | None) -> torch.Tensor:
+        return source.read(key, layer)
+
+    def part(weight: mapping.Weight, index: int) -> torch.Tensor:
+        return weight.part(read(weight.key, weight.layer), index)
+
     for weight in mapping.weights(source.model):
         yield [
-            Named(name=name, shape=shape, make=_maker(source, weight, index))
+            Named(name=name, shape=shape, make=functools.partial(part, weight, index))
             for index, (name, shape) in enumerate(weight.parts)
         ]
-
-
-def _maker(source: Save, weight: mapping.Weight, index: int) -> Callable[[], torch.Tensor]:
-    return lambda: weight.split(source.read(weight.key, weight.layer))[index]

@@ -77,17 +77,22 @@ class Weight:
 
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([part.reshape(self.num_groups, -1, *self.shape[1:]) for part in parts], dim=1).reshape(
-            self.shape
-        )
+        return torch.cat(self.rows(parts))
+
+    def rows(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The rows of `join`'s result, as pieces of the parts one after the other: views, not copies."""
+        groups = [part.reshape(self.num_groups, -1, *self.shape[1:]) for part in parts]
+        return [group[number] for number in range(self.num_groups) for group in groups]
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Megatron's tensor -> Hugging Face's, in the order of `parts`; the inverse of `join`."""
-        if len(self.parts) == 1:
-            return [tensor]
+        return [self.part(tensor, index) for index in range(len(self.parts))]
+
+    def part(self, tensor: torch.Tensor, index: int) -> torch.Tensor:
+        """One of `split`'s tensors."""
         rows = [shape[0] // self.num_groups for _, shape in self.parts]
         pieces = tensor.reshape(self.num_groups, -1, *self.shape[1:]).split(rows, dim=1)
-        return [piece.reshape(shape) for piece, (_, shape) in zip(pieces, self.parts, strict=True)]
+        return pieces[index].reshape(self.parts[index][1])
 
 
 def weights(model: ModelConfig) -> Iterator[Weight]:
