@@ -75,9 +75,8 @@ class Weight:
         """Hugging Face's tensors, in the order of `parts` -> megatron's."""
         import torch
 
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(self.rows(parts))
+        rows = self.rows(parts)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def rows(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The rows of `join`'s result, as pieces of the parts one after the other: views, not copies."""

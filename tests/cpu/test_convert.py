@@ -342,11 +342,17 @@ def _mistakes() -> dict[str, Callable[[], contextlib.AbstractContextManager[None
 
     def reordered(key: str, change: Callable[[list[Any]], list[Any]]) -> contextlib.AbstractContextManager[None]:
         """`change` is its own inverse and stands between the parts of the tensors `key` and their names."""
-        join, split = mapping.Weight.join, mapping.Weight.split
+        rows, part = mapping.Weight.rows, mapping.Weight.part
+
+        def changed_part(self: mapping.Weight, tensor: Any, index: int) -> Any:
+            if key not in self.key:
+                return part(self, tensor, index)
+            return change([part(self, tensor, number) for number in range(len(self.parts))])[index]
+
         return _patched(
             mapping.Weight,
-            join=lambda self, parts: join(self, change(list(parts)) if key in self.key else parts),
-            split=lambda self, tensor: change(split(self, tensor)) if key in self.key else split(self, tensor),
+            rows=lambda self, parts: rows(self, change(list(parts)) if key in self.key else parts),
+            part=changed_part,
         )
 
     def swap_heads(parts: list[Any]) -> list[Any]:
