@@ -60,7 +60,7 @@ def test_an_export_takes_up_weights_alone_from_one_that_was_killed(
     assert {path.name for path in out.iterdir()} == {path.name for path in fresh.iterdir()}
 
 
-def test_what_was_made_for_another_model_is_not_taken_up(made: Path, tmp_path: Path) -> None:
+def test_what_was_made_for_another_model_is_not_taken_up(tmp_path: Path) -> None:
     plan = {"model": 1}
     with pytest.raises(Killed), output.continued(tmp_path / "out", plan, ("*.safetensors",)) as folder:
         (folder / "a.safetensors").touch()
