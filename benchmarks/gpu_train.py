@@ -3,6 +3,7 @@
     python benchmarks/gpu_train.py --dry-run                      # the plan, on any machine
     python benchmarks/gpu_train.py --models 1b --precision bf16,delayed
     python benchmarks/gpu_train.py --json                         # all cells, those measured before taken as they are
+    python benchmarks/gpu_train.py --nondeterministic             # without compute.deterministic: its price
 
 Each cell is a process of its own, ended after its steps: weights are random, the data is synthetic and prepared once,
 nothing is saved. A cell is appended to results.jsonl in --folder when it ends, so a run that was cut off goes on with
@@ -41,7 +42,14 @@ from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.schedule import ConstantRate
-from megatron_octo.config.train import BudgetConfig, FromScratch, MidTrainConfig, PrecisionConfig, SaveConfig
+from megatron_octo.config.train import (
+    BudgetConfig,
+    ComputeConfig,
+    FromScratch,
+    MidTrainConfig,
+    PrecisionConfig,
+    SaveConfig,
+)
 from megatron_octo.plan.memory import GPU_GIB, rank_memory
 from megatron_octo.platform import Platform, fp8, resolve
 from megatron_octo.platform.process import die_with, octo_command
@@ -51,7 +59,7 @@ MODELS = {"1b": "llama32_1b", "3b": "llama32_3b", "8b": "llama31_8b"}
 SEQUENCES = {"1b": 8, "3b": 4, "8b": 2, "tiny": 8}  # of a step, a second or two each; the paper's 512 on 64 GPUs are 8
 PRECISIONS = ("bf16", *fp8.NEEDS)
 SEQ_LENGTH = 8192
-LEARNING_RATE = 3e-5  # constant from random weights: ten times as much and the loss doubles first
+LEARNING_RATE = 3e-5  # reached at the last step: where random weights begin with it, large models' losses jump
 WARMUP_STEPS = 5
 ENOUGH_STEPS = 1000  # the budget: its last step, which saves, is never reached
 FITS = 0.95  # of the GPU's memory
@@ -107,6 +115,7 @@ def main() -> int:
     asked = parse()
     folder = asked.folder.resolve()
     os.environ["OCTO_RUNS"] = str(folder / "runs")
+    os.environ.pop("NVTE_ALLOW_NONDETERMINISTIC_ALGO", None)  # it would decide instead of --nondeterministic
     machine = look("cpu" if asked.tiny else asked.gpu)
     if machine.platform.device == "cpu" and not (asked.tiny or asked.dry_run):
         print(
@@ -115,7 +124,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    cells = [each for model in asked.models for each in cells_of(model, asked.precision, folder, machine, asked.tiny)]
+    cells = [each for model in asked.models for each in cells_of(model, folder, machine, asked)]
     if asked.dry_run:
         show_plan(cells, machine)
         return 0
@@ -144,6 +153,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", type=several([*MODELS]), default=[*MODELS], help="1b,3b,8b")
     parser.add_argument("--precision", type=several(PRECISIONS), default=[*PRECISIONS], help=",".join(PRECISIONS))
     parser.add_argument("--steps", type=int, default=20, help=f"measured steps, after {WARMUP_STEPS} of warm-up")
+    parser.add_argument(
+        "--nondeterministic", action="store_true", help="attention sums its gradients in no fixed order"
+    )
     parser.add_argument("--cell-timeout-s", type=float, default=400.0, help="seconds until a cell is given up")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu-train"), help="data, logs and results.jsonl")
     parser.add_argument("--again", action="store_true", help="measure anew what results.jsonl has")
@@ -177,9 +189,10 @@ def see() -> tuple[Platform, str, float]:
     return platform, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
-def cells_of(model: str, precisions: Sequence[str], folder: Path, machine: Machine, tiny: bool) -> list[Cell]:
+def cells_of(model: str, folder: Path, machine: Machine, asked: argparse.Namespace) -> list[Cell]:
     """A model's cells, with as many layers as fit on the GPU in every precision."""
-    whole = small_batches("tiny", TINY, folder, TINY.max_positions, 2) if tiny else stage(model, folder)
+    tiny = asked.tiny
+    whole = small_batches("tiny", TINY, folder, TINY.max_positions, 2, asked) if tiny else stage(model, folder, asked)
     formats = {
         name: PrecisionConfig(fp8="off" if name == "bf16" else name, fp8_emulation=tiny and name != "bf16")  # type: ignore[arg-type]
         for name in PRECISIONS
@@ -202,29 +215,33 @@ def cells_of(model: str, precisions: Sequence[str], folder: Path, machine: Machi
             ),
             missing=None if tiny or precision == "bf16" else fp8.lacking(precision, machine.platform),
         )
-        for precision in precisions
+        for precision in asked.precision
     ]
 
 
-def stage(model: str, folder: Path) -> MidTrainConfig:
+def stage(model: str, folder: Path, asked: argparse.Namespace) -> MidTrainConfig:
     """The recipe's model and micro-batch, alone on a GPU."""
     paper = load_recipe(f"{RECIPES / MODELS[model]}.py:stable_200b", MidTrainConfig)
-    return small_batches(model, paper.model, folder, SEQ_LENGTH, paper.budget.micro_batch_sequences)
+    return small_batches(model, paper.model, folder, SEQ_LENGTH, paper.budget.micro_batch_sequences, asked)
 
 
-def small_batches(name: str, model: ModelConfig, folder: Path, seq_length: int, micro_batch: int) -> MidTrainConfig:
+def small_batches(
+    name: str, model: ModelConfig, folder: Path, seq_length: int, micro_batch: int, asked: argparse.Namespace
+) -> MidTrainConfig:
     """A stage of this model from random weights, on our data, that saves at its end alone."""
+    step_tokens = SEQUENCES[name] * seq_length
     return MidTrainConfig(
         name="x",
         model=model,
         start=FromScratch(),
         data=on_words(folder / f"data-{model.vocab_size}", seq_length),
         budget=BudgetConfig(
-            train_tokens=ENOUGH_STEPS * SEQUENCES[name] * seq_length,
+            train_tokens=ENOUGH_STEPS * step_tokens,
             batch_sequences=SEQUENCES[name],
             micro_batch_sequences=micro_batch,
         ),
-        learning_rate=ConstantRate(peak=LEARNING_RATE),
+        learning_rate=ConstantRate(peak=LEARNING_RATE, warmup_tokens=(WARMUP_STEPS + asked.steps) * step_tokens),
+        compute=ComputeConfig(deterministic=not asked.nondeterministic),
         save=SaveConfig(every_steps=ENOUGH_STEPS),
         log_every_steps=1,
     )
@@ -270,7 +287,13 @@ def command(name: str, folder: Path) -> list[str]:
 def result_of(cell: Cell, folder: Path, machine: Machine, asked: argparse.Namespace) -> Result:
     """A cell's numbers: those in results.jsonl, else measured now and added to it."""
     path = folder / "results.jsonl"
-    key = {"model": cell.model, "precision": cell.precision, "steps": asked.steps, "gpu": machine.gpu}
+    key = {
+        "model": cell.model,
+        "precision": cell.precision,
+        "deterministic": cell.config.compute.deterministic,
+        "steps": asked.steps,
+        "gpu": machine.gpu,
+    }
     before = recorded(path, key)
     if before and not asked.again:
         return before

@@ -56,6 +56,7 @@ def test_cells_are_measured_by_octo_train_and_kept(measured):
         assert (cell["status"], len(cell["losses"])) == ("measured", STEPS)
         assert cell["tokens_per_second_per_gpu"] > 0
         assert cell["peak_gib"] > 0
+        assert cell["deterministic"]
     assert bf16["loss_gap"] == 0
     assert 0 < abs(fp8["loss_gap"]) < 0.01
     assert not any((measured / "runs").glob("*/checkpoints/step*"))  # killed, not asked to end: it would save
@@ -65,9 +66,8 @@ def test_the_plan_names_what_does_not_fit_and_what_is_missing(script, tmp_path):
     machine = script.Machine(
         platform=script.Platform(device="cpu", backend="gloo", layer_family="local"), gpu="", gib=79
     )
-    cells = [
-        cell for model in script.MODELS for cell in script.cells_of(model, script.PRECISIONS, tmp_path, machine, False)
-    ]
+    asked = argparse.Namespace(precision=script.PRECISIONS, tiny=False, nondeterministic=False, steps=STEPS)
+    cells = [cell for model in script.MODELS for cell in script.cells_of(model, tmp_path, machine, asked)]
     assert {cell.model.partition("-")[0]: cell.config.model.num_layers for cell in cells}["1b"] == 16
     assert all(cell.memory[0] <= 79 for cell in cells)
     assert all(("-layers" in cell.model) == (cell.model.partition("-")[0] != "1b") for cell in cells)
@@ -78,8 +78,9 @@ def test_a_cell_that_takes_too_long_is_given_up(script, tmp_path, runs):
     machine = script.Machine(
         platform=script.Platform(device="cpu", backend="gloo", layer_family="local"), gpu="", gib=79
     )
-    (cell,) = script.cells_of("tiny", ["bf16"], tmp_path, machine, True)
-    asked = argparse.Namespace(steps=STEPS, cell_timeout_s=0.0)
+    asked = argparse.Namespace(precision=["bf16"], tiny=True, nondeterministic=True, steps=STEPS, cell_timeout_s=0.0)
+    (cell,) = script.cells_of("tiny", tmp_path, machine, asked)
+    assert not cell.config.compute.deterministic
     assert script.measure(cell, tmp_path, asked) == {"status": "not done in 0 s"}
 
 
