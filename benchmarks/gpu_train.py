@@ -192,7 +192,11 @@ def see() -> tuple[Platform, str, float]:
 def cells_of(model: str, folder: Path, machine: Machine, asked: argparse.Namespace) -> list[Cell]:
     """A model's cells, with as many layers as fit on the GPU in every precision."""
     tiny = asked.tiny
-    whole = small_batches("tiny", TINY, folder, TINY.max_positions, 2, asked) if tiny else stage(model, folder, asked)
+    whole = (
+        small_batches("tiny", TINY, folder, asked, seq_length=TINY.max_positions, micro_batch=2)
+        if tiny
+        else stage(model, folder, asked)
+    )
     formats = {
         name: PrecisionConfig(fp8="off" if name == "bf16" else name, fp8_emulation=tiny and name != "bf16")  # type: ignore[arg-type]
         for name in PRECISIONS
@@ -222,11 +226,13 @@ def cells_of(model: str, folder: Path, machine: Machine, asked: argparse.Namespa
 def stage(model: str, folder: Path, asked: argparse.Namespace) -> MidTrainConfig:
     """The recipe's model and micro-batch, alone on a GPU."""
     paper = load_recipe(f"{RECIPES / MODELS[model]}.py:stable_200b", MidTrainConfig)
-    return small_batches(model, paper.model, folder, SEQ_LENGTH, paper.budget.micro_batch_sequences, asked)
+    return small_batches(
+        model, paper.model, folder, asked, seq_length=SEQ_LENGTH, micro_batch=paper.budget.micro_batch_sequences
+    )
 
 
 def small_batches(
-    name: str, model: ModelConfig, folder: Path, seq_length: int, micro_batch: int, asked: argparse.Namespace
+    name: str, model: ModelConfig, folder: Path, asked: argparse.Namespace, *, seq_length: int, micro_batch: int
 ) -> MidTrainConfig:
     """A stage of this model from random weights, on our data, that saves at its end alone."""
     step_tokens = SEQUENCES[name] * seq_length

@@ -50,11 +50,13 @@ NEAR_FP32 = 0.05
 FP8_SHARE = 0.02
 """Largest share by which FP8's mean loss may be above BF16's."""
 BF16 = PrecisionConfig(dtype="bf16")
+FSDP = ParallelConfig(fsdp=True, distributed_optimizer=False)
 SAME = {  # what may not move BF16's losses by more than its rounding does
     "recompute-selective": {"compute": ComputeConfig(recompute="selective")},
     "recompute-full": {"compute": ComputeConfig(recompute="full")},
     "cuda-graphs": {"compute": ComputeConfig(cuda_graphs=True)},
     "overlap": {"parallel": ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)},
+    "fsdp": {"parallel": FSDP},
 }
 Train = Callable[..., list[dict[str, Any]]]
 
@@ -186,10 +188,13 @@ def test_a_gpus_save_is_read_on_a_cpu_and_becomes_a_verified_export(folder: Path
     assert rundir.read_json(folder / "hf/verify.json")["num_argmax_differences"] == 0
 
 
-def test_memory_is_as_planned(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "parallel"), [("large", ParallelConfig()), ("large-fsdp", FSDP)], ids=["distributed-optimizer", "fsdp"]
+)
+def test_memory_is_as_planned(folder: Path, name: str, parallel: ParallelConfig) -> None:
     """A model whose states and activations outweigh what CUDA itself takes."""
     model = replace(MODEL, hidden_size=2048, num_heads=32, num_kv_heads=8, ffn_size=8192)
-    config = replace(stage(folder / "data", "large", steps=3), model=model, precision=BF16)
+    config = replace(stage(folder / "data", name, steps=3), model=model, precision=BF16, parallel=parallel)
     memory = rank_memory(config, config.resolve(1))
     planned = sum(part.bytes for part in memory.parts if part.name != "reserve") / 2**30
     assert octo_train(folder, config)[-1]["memory/peak_gib"] == pytest.approx(planned, rel=0.2)
