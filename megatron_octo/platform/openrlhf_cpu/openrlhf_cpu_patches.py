@@ -44,6 +44,13 @@ def _cuda_calls(_: Any) -> None:
     torch.cuda.current_stream = lambda device=None: None
 
 
+def _bf16_products(_: Any) -> None:
+    """OpenRLHF trains in bf16, which not every CPU can multiply."""
+    from megatron_octo.platform import bf16_matmul
+
+    bf16_matmul.install()
+
+
 def _flash_attention_in(_: Any) -> None:
     """ring_attn_utils imports four functions of flash_attn, which packing uses: transformers' own do the same."""
     import torch
@@ -153,6 +160,7 @@ BEFORE: dict[str, Callable[[Any], None]] = {
     "openrlhf.models.ring_attn_utils": _flash_attention_in,
 }
 AFTER: dict[str, Callable[[Any], None]] = {
+    "openrlhf": _bf16_products,
     "openrlhf.models.actor": _sdpa,
     "openrlhf.models.ring_attn_utils": _flash_attention_out,
     "openrlhf.trainer.ray.vllm_worker_wrap": _receive_weight,
