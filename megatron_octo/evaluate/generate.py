@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_octo import console
 from megatron_octo.errors import BadInput
-from megatron_octo.platform import vllm_cpu, vllm_heads
+from megatron_octo.platform import bf16_matmul, vllm_cpu, vllm_heads
 from megatron_octo.rundir import read_json
 
 CPU_KV_CACHE_BYTES = 2**30
@@ -112,6 +112,7 @@ def _engine(model: Path, *, positions: int, seed: int) -> Any:
     config, on_cpu = read_json(model / "config.json"), vllm_cpu.is_cpu_build()
     if on_cpu:
         vllm_heads.install()
+        bf16_matmul.install()
     llm = LLM(
         model=str(model),
         # Left to itself vLLM turns float32 into bfloat16.

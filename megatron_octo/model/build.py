@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_octo.config.train import ComputeConfig
 from megatron_octo.errors import BadInput
 from megatron_octo.model.layers import layer_spec
-from megatron_octo.platform import fp8
+from megatron_octo.platform import bf16_matmul, fp8
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -58,6 +58,8 @@ def build_model(
         platform = replace(platform, layer_family="local")  # its linear layers are the ones that can be told to round
     if compute.deterministic and platform.layer_family == "transformer_engine":
         platform.fix_order()
+    if precision.dtype == "bf16" and platform.device == "cpu":
+        bf16_matmul.install()
     transformer = transformer_config(config, platform=platform, parallel=parallel, precision=precision, compute=compute)
     model = GPTModel(
         transformer,
