@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_octo import console, rundir
+from megatron_octo import console, lineage, rundir
 from megatron_octo.cli.options import parser
 from megatron_octo.errors import BadInput
 
@@ -112,19 +112,21 @@ def _text_file(name: str) -> Path:
 def _from_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import hf_folder, sample
     from megatron_octo.convert.from_hf import from_hf
-    from megatron_octo.convert.hub_model import folder_of
+    from megatron_octo.convert.hub_model import find_model
     from megatron_octo.convert.output import finished
 
-    hf = folder_of(own.hf, own.revision, weights=False)
+    found = find_model(own.hf, own.revision, weights=False)
+    hf = found.folder
     model = hf_folder.read_model_config(hf)
     finished(own.output, "import", overwrite=own.overwrite)  # what can be refused is, before a long download
     if own.dry_run and Path(own.hf).is_dir():
         hf_folder.Weights(hf).check(model)
     elif not own.dry_run:
         from_hf(
-            folder_of(own.hf, own.revision),
+            find_model(own.hf, found.commit).folder,  # a branch may move meanwhile
             own.output,
             name=Path(own.hf).name,
+            origin=f"{own.hf}@{found.commit}" if found.commit else "",
             verify=not own.skip_verify,
             text=own.text or sample.TEXT,
             logits=not own.skip_logits,
@@ -166,14 +168,15 @@ def _to_hf(own: argparse.Namespace) -> None:
 def _verify(own: argparse.Namespace) -> None:
     from megatron_octo.convert import sample
     from megatron_octo.convert.save import Save, find_save
-    from megatron_octo.convert.verify import describe, verify
+    from megatron_octo.convert.verify import REPORT, describe, verify
 
-    folder = find_save(own.save)
+    folder, made = find_save(own.save), lineage.read_if_present(own.hf)
+    into = own.hf if made is not None and made.kind == "export" else None  # what is not ours stays as it is
     if own.dry_run:
-        _say(own, Save(folder, own.config).model, output=own.hf / "verify.json", source=folder)
+        _say(own, Save(folder, own.config).model, output=into / REPORT if into else "stdout", source=folder)
         return
     text = own.text or sample.TEXT
-    report = verify(folder, own.hf, own.config, logits=not own.skip_logits, text=text)
+    report = verify(folder, own.hf, own.config, logits=not own.skip_logits, text=text, into=into)
     if own.json:
         console.emit_json(asdict(report))
     else:

@@ -44,7 +44,6 @@ TOKENIZER_FILES = (
 )
 
 CONTROL = ("bos", "eos", "pad")
-LICENCE_FILES = ("LICENSE*", "USE_POLICY*")
 
 PLAIN_TEMPLATE = """\
 {{- bos_token }}
@@ -291,13 +290,6 @@ def write_settings(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype
     stated = {f"{name}_token_id": value for name, value in ids.items() if value is not None}
     write_json(folder / GENERATION, stated)
     tokenizer.copy_to(folder)
-
-
-def copy_licence(source: Path, target: Path) -> None:
-    """Copy the terms of a model: LICENSE and what belongs to it."""
-    for path in (path for pattern in LICENCE_FILES for path in source.glob(pattern)):
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
 
 
 def write_plain_template(folder: Path) -> None:

@@ -192,18 +192,25 @@ class Piece:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+type Check = Callable[[Reader, Sequence[Piece]], None]
+"""Hears of the pieces of a file once it is written, with a reader of that file."""
+
+
+def unchecked(reader: Reader, pieces: Sequence[Piece]) -> None:
+    """Take a file as it is."""
+
+
 def write(
     folder: Path,
     pieces: Sequence[Piece],
     *,
-    check: Callable[[Reader, Sequence[Piece]], None] = lambda reader, pieces: None,
+    check: Check = unchecked,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> str:
     """Write a `torch_dist` checkpoint that megatron loads at any parallel layout; holds a few pieces at a time.
 
-    The pieces of a key tile it. `folder` exists. `check` hears of the pieces of each file once it is written, with a
-    reader of that file. A file that is in `folder` already is whole, and stays; the index, written with each file,
-    knows it. Returns one SHA-256 over the files.
+    The pieces of a key tile it. `folder` exists. A file that is in it already is whole, and stays; the index, written
+    with each file, knows it. Returns one SHA-256 over the files.
 
     Raises:
         VerificationError: the index cannot be read back; or what `check` raises.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import httpx
+import huggingface_hub
 import pytest
 
 from megatron_octo import lineage, rundir
 from megatron_octo.cli import app
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
-from megatron_octo.convert.hub_model import folder_of
+from megatron_octo.convert.hub_model import Found, find_model
 from megatron_octo.convert.random_base import random_base
 from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.errors import BadInput
@@ -35,7 +36,7 @@ def models(fake, monkeypatch, tmp_path) -> FakeHub:
 
 
 def test_of_a_model_the_weights_settings_and_tokenizer_are_downloaded_and_no_code(models):
-    folder = folder_of("owner/model", COMMIT)
+    folder = find_model("owner/model", COMMIT).folder
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "USE_POLICY.md"}
     assert (folder / "model.safetensors").read_bytes() == LARGE
@@ -46,7 +47,7 @@ def test_a_gated_model_without_access_names_the_licence_page(models, monkeypatch
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(BadInput, match=f"model owner/gated-model is gated.*{told}") as caught:
-        folder_of("owner/gated-model", None)
+        find_model("owner/gated-model", None)
     assert caught.value.exit_code == 2
     assert "https://huggingface.co/owner/gated-model" in caught.value.fix
 
@@ -63,13 +64,13 @@ def test_a_gated_model_without_access_names_the_licence_page(models, monkeypatch
 )
 def test_a_model_that_is_not_there_is_told(models, name, revision, told):
     with pytest.raises(BadInput, match=told):
-        folder_of(name, revision)
+        find_model(name, revision)
 
 
 def test_a_model_whose_hub_cannot_be_reached_is_told(models, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", _no_answer)
     with pytest.raises(BadInput, match=r"owner/model is .* cannot be reached: ConnectError: no route") as caught:
-        folder_of("owner/model", None)
+        find_model("owner/model", None)
     assert "hf download owner/model" in caught.value.fix
 
 
@@ -98,9 +99,24 @@ def from_hf(models, monkeypatch, capfd, tmp_path):
 def test_a_model_is_converted_by_its_name_on_the_hub(from_hf, tmp_path, revision):
     code, out, err = from_hf("owner/Llama-real", *(["--revision", revision] if revision else []))
     assert (code, out) == (0, f"{tmp_path / 'import'}\n"), err
-    assert [link.name for link in lineage.read(tmp_path / "import").chain()] == ["Llama-real"] * 2
+    base, made = lineage.read(tmp_path / "import").chain()
+    assert (base.name, made.name, base.origin) == ("Llama-real", "Llama-real", f"owner/Llama-real@{COMMIT}")
     export = to_hf(tmp_path / "import", tmp_path / "export", tmp_path / "words", dtype="fp32", verify=False)
     assert (export / "model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
+    assert f"* base: Llama-real, owner/Llama-real@{COMMIT} on the" in (export / "README.md").read_text()
+
+
+def test_the_weights_are_of_the_commit_that_the_settings_are_of(from_hf, models, tmp_path, monkeypatch):
+    asked = []
+    snapshot = huggingface_hub.snapshot_download
+
+    def download(*args, revision, **options):
+        asked.append(revision)
+        return snapshot(*args, revision=revision, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert from_hf("owner/Llama-real")[0] == 0
+    assert asked == ["main", COMMIT]
 
 
 def test_no_weights_are_downloaded_of_a_model_that_is_refused_nor_on_a_dry_run(from_hf, models, tmp_path):
@@ -125,6 +141,6 @@ def test_a_gated_model_is_converted_with_a_token_and_told_in_one_message_without
 
 
 def test_a_folder_stands_for_itself_and_has_no_revision(tmp_path):
-    assert folder_of(str(tmp_path), None) == tmp_path
+    assert find_model(str(tmp_path), None) == Found(folder=tmp_path)
     with pytest.raises(BadInput, match="has no revision v1"):
-        folder_of(str(tmp_path), "v1")
+        find_model(str(tmp_path), "v1")
