@@ -36,16 +36,22 @@ def write(folder: Path, link: Lineage, model: ModelConfig, *, save: Path, base: 
         page = f"https://www.llama.com/llama{version.replace('.', '_')}/license/"
         if not _copied(folder):
             write_atomic(folder / LICENCE, f"{terms}\n\nThe text is at {page}\n")
-        theirs = (folder / NOTICE).read_text() if (folder / NOTICE).exists() else ""
-        ours = (
-            f"Llama {version} is licensed under the {terms},\nCopyright (c) Meta Platforms, Inc. All Rights Reserved.\n"
+        _add_notice(
+            folder / NOTICE,
+            f"Llama {version} is licensed under the {terms},\n"
+            "Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n",
         )
-        if ours not in theirs:
-            write_atomic(folder / NOTICE, f"{theirs}\n{ours}" if theirs else ours)
         licence = f"Built with Llama. The licence of the base, the [{terms}]({page}), applies to this model too.\n\n"
     else:
         licence = f"Licence: that of the base, {link.chain()[0].name}{_copied(folder)}.\n\n"
     write_atomic(folder / CARD, _card(name_of(link, version), licence, link, dtype, _proof(folder)) + _ledger(save))
+
+
+def _add_notice(path: Path, notice: str) -> None:
+    """Put a notice behind those that the base came with."""
+    before = path.read_text() if path.exists() else ""
+    if notice not in before:
+        write_atomic(path, f"{before}\n{notice}" if before else notice)
 
 
 def llama_version(link: Lineage, model: ModelConfig) -> str | None:
