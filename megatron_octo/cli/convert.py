@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
     from megatron_octo.config.pipeline import RandomBaseConfig
     from megatron_octo.config.train import ChatTemplate
-    from megatron_octo.convert.save import Save
 
 
 def main(argv: Sequence[str]) -> None:
@@ -139,16 +138,17 @@ def _to_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import sample
     from megatron_octo.convert.hf_folder import read_tokenizer
     from megatron_octo.convert.output import finished
-    from megatron_octo.convert.save import Save, find_save
+    from megatron_octo.convert.save import Save, find_save, model_of
     from megatron_octo.convert.to_hf import to_hf
 
     folder = find_save(own.save)
-    source = Save(folder, own.config)
-    output = own.output or _default_output(source)
+    model = model_of(folder, own.config)
+    output = own.output or _default_output(folder, model)
     tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
     if own.dry_run:
+        Save(folder, own.config)  # its tensors are those of the model
         finished(output, "export", overwrite=own.overwrite)
-        read_tokenizer(tokenizer, source.model)
+        read_tokenizer(tokenizer, model)
     else:
         to_hf(
             folder,
@@ -162,7 +162,7 @@ def _to_hf(own: argparse.Namespace) -> None:
             logits=not own.skip_logits,
             overwrite=own.overwrite,
         )
-    _say(own, source.model, output=output, source=folder, tokenizer=tokenizer, dtype=own.dtype)
+    _say(own, model, output=output, source=folder, tokenizer=tokenizer, dtype=own.dtype)
 
 
 def _verify(own: argparse.Namespace) -> None:
@@ -209,15 +209,14 @@ def _random_base_config(recipe: str) -> RandomBaseConfig:
     return base
 
 
-def _default_output(source: Save) -> Path:
+def _default_output(save: Path, model: ModelConfig) -> Path:
     """hf/step_XXXXXXXX in the run's folder; of a Llama the name in front, as its licence asks."""
     from megatron_octo.convert.model_card import llama_version, name_of
 
-    save = source.folder
     if save.parent.name != "checkpoints":
         raise BadInput(f"{save} is in no run folder, and no OUT is given", fix="say where to write: to-hf SAVE OUT")
-    link = source.lineage()
-    version = llama_version(link, source.model)
+    link = lineage.read(save)
+    version = llama_version(link, model)
     name = save.name if version is None else f"{name_of(link, version)}-{save.name}"
     return save.parent.parent / "hf" / name
 

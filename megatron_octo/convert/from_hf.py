@@ -18,6 +18,7 @@ from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import hf_folder, sample, torch_dist
 from megatron_octo.convert.compare import compare_import
 from megatron_octo.convert.output import check_room, continued, finished
+from megatron_octo.convert.page_cache import populate
 from megatron_octo.convert.sums import Sums
 from megatron_octo.convert.verify import check_kept, is_verified
 from megatron_octo.convert.verify import verify as verify_import
@@ -144,7 +145,9 @@ def _piece(
     def make() -> object:
         for name, _ in weight.parts:
             sums.reach(tensors.file(name))
-        return weight.join([tensors.read(name) for name, _ in weight.parts]).reshape(shape)
+        parts = [tensors.read(name) for name, _ in weight.parts]
+        populate(*parts)
+        return weight.join(parts).reshape(shape)
 
     return torch_dist.Piece(
         key=weight.key,

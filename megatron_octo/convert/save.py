@@ -17,6 +17,8 @@ from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE, read_model
 if TYPE_CHECKING:
     import torch
 
+    from megatron_octo.config.model import ModelConfig
+
 STEPS = "checkpoints/step_*"
 LATEST = "latest_checkpointed_iteration.txt"
 """Of Megatron-LM, beside its iter_XXXXXXX folders."""
@@ -77,6 +79,23 @@ def _damage(save: Path) -> str:
     return "; ".join(checksums.faults(save))
 
 
+def model_of(folder: Path, config: Path | None) -> ModelConfig:
+    """The model that a save holds: by its model.json, or of a plain checkpoint by the Hugging Face folder `config`.
+
+    Raises:
+        BadInput: `config` is missing, or one too many; or see `read_model`.
+    """
+    own = (folder / MODEL_FILE).exists()
+    if own and config is not None:
+        raise BadInput(f"{folder} says itself which model it holds", fix="leave --config out")
+    if not own and config is None:
+        raise BadInput(
+            f"{folder} has no {MODEL_FILE}: it is a plain Megatron checkpoint, whose settings are a pickle",
+            fix="give --config FOLDER, a Hugging Face folder of a model of this shape",
+        )
+    return read_model_config(config) if config else read_model(folder)
+
+
 class Save:
     """The weights of one save, read one at a time; the optimizer's state is left alone.
 
@@ -86,23 +105,14 @@ class Save:
     def __init__(
         self, folder: Path, config: Path | None = None, on_read: Callable[[Path], object] | None = None
     ) -> None:
-        """Read the index and compare it with the model: that of model.json, or of the Hugging Face folder `config`.
+        """Read the index and compare it with the model, as `model_of` finds it.
 
-        `on_read` hears of a file before each read from it.
+        `on_read` hears of a file before each read from it, and reads it ahead.
 
         Raises:
             BadInput: not a save, or its tensors are not those of the model; `config` is missing, or one too many.
         """
-        self.folder, self._config = folder, config
-        own = (folder / MODEL_FILE).exists()
-        if own and config is not None:
-            raise BadInput(f"{folder} says itself which model it holds", fix="leave --config out")
-        if not own and config is None:
-            raise BadInput(
-                f"{folder} has no {MODEL_FILE}: it is a plain Megatron checkpoint, whose settings are a pickle",
-                fix="give --config FOLDER, a Hugging Face folder of a model of this shape",
-            )
-        self.model = read_model_config(config) if config else read_model(folder)
+        self.folder, self._config, self.model = folder, config, model_of(folder, config)
         self._reader = Reader(folder, on_read=on_read)
         self._keys = set(self._reader.keys())
         self.vocab_rows = self.model.vocab_size

@@ -66,7 +66,7 @@ def to_hf(
     known = lineage.read_if_present(save)
     is_import = known is not None and known.kind == "import"  # it has no checksums, which are looked at before
     with Sums(save.glob(WEIGHT_FILES) if is_import else ()) as sums, ThreadPoolExecutor(1) as beside:
-        source = Save(save, config, on_read=sums.reach)
+        source = Save(save, config, on_read=sums.reach if is_import else None)
         parent = source.lineage()
         done = finished(output, "export", overwrite=overwrite)
         words = beside.submit(hf_folder.read_tokenizer, tokenizer, source.model)  # imports for seconds

@@ -44,7 +44,9 @@ class Reader:
     """The tensors of a `torch_dist` folder, by key; each read touches only the pieces it needs."""
 
     def __init__(self, folder: Path, index: Any = None, on_read: Callable[[Path], object] | None = None) -> None:
-        """Read the index, unless a writer gives its own, as it is so far. `on_read` hears of a file before each read.
+        """Read the index, unless a writer gives its own, as it is so far.
+
+        `on_read` hears of a file before each read from it, and sees to it that the disk reads it ahead.
 
         Raises:
             BadInput: `folder` is not a `torch_dist` checkpoint, or its index refers to what it must not.
@@ -90,7 +92,8 @@ class Reader:
             if low >= high:
                 continue
             piece = self._piece(key, chunk)[low - chunk.offsets[0] : high - chunk.offsets[0]]
-            read_ahead(piece)
+            if self._on_read is None:
+                read_ahead(piece)
             if piece.shape == shape:  # nothing to put together, nothing to copy
                 return piece if index is None else piece[0]
             out = torch.empty(shape, dtype=entry.properties.dtype) if out is None else out
