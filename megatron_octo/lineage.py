@@ -1,13 +1,14 @@
 """Who descends from whom: base -> stable -> branch -> Hugging Face export -> RL.
 
 Each folder that holds weights holds a `lineage.json` of this shape, its parents' nested inside, so
-the file tells the whole descent even when the parents are gone.
+the file tells the whole descent even when the parents are gone. The terms of the base go along: `copy_licence`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from megatron_octo.errors import BadInput
 from megatron_octo.rundir import read_object, sha256, write_json
 
 FILE = "lineage.json"
+LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 Kind = Literal["base", "import", "train", "export", "rl"]
 
 
@@ -35,11 +37,13 @@ class Lineage:
     tokens: int = 0
     """Tokens this link itself trained on."""
     recipe_sha256: str = ""
-    """Fingerprint of the settings, of a training run."""
+    """Fingerprint of the settings, of a training run; SHA-256 of model.json, of an import."""
     data: tuple[tuple[str, str], ...] = ()
     """(source, identity of its data set) of all that it reads."""
     code: str = ""
     """What trained it, as `code_version` names it."""
+    origin: str = ""
+    """Where it was downloaded from: `owner/name@commit` on the Hugging Face Hub; empty for a folder of one's own."""
     parent: Lineage | None = None
 
     def chain(self) -> list[Lineage]:
@@ -68,6 +72,13 @@ def read_if_present(folder: Path) -> Lineage | None:
 def write(folder: Path, lineage: Lineage) -> None:
     """Write `lineage.json` into `folder`."""
     write_json(folder / FILE, asdict(lineage))
+
+
+def copy_licence(source: Path, target: Path) -> None:
+    """Copy the terms of a model to what descends from it: LICENSE and what belongs to it."""
+    for path in (path for pattern in LICENCE_FILES for path in source.glob(pattern)):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
 
 
 @functools.cache

@@ -230,17 +230,18 @@ def check_config(
         raise BadInput(f"{folder} is a file, not a run's folder", fix=fix)
     if not path.exists():
         return
-    differing = [
-        each
-        for each in differences(read_json(path), config)
-        if not any(each[0] == name or each[0].startswith(f"{name}.") for name in may_differ)
-    ]
-    if differing:
-        lines = "\n".join(f"  {name}: {old!r} in the folder, {new!r} asked for" for name, old, new in differing)
-        raise BadInput(
-            f"run folder {folder} was made with other settings:\n{lines}",
-            fix=fix,
-        )
+    if told := other_settings(f"run folder {folder}", read_json(path), config, may_differ=may_differ):
+        raise BadInput(told, fix=fix)
+
+
+def other_settings(what: object, there: Any, asked: Any, *, may_differ: tuple[str, ...] = ()) -> str:
+    """That `what` was made with other settings than those asked for, a line a field; empty where they are the same."""
+    lines = "\n".join(
+        f"  {name}: {old!r} in the folder, {new!r} asked for"
+        for name, old, new in differences(there, asked)
+        if not any(name == each or name.startswith(f"{each}.") for each in may_differ)
+    )
+    return f"{what} was made with other settings:\n{lines}" if lines else ""
 
 
 def is_written(folder: Path, config: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_octo import console, rundir
+from megatron_octo import console, lineage, rundir
 from megatron_octo.cli.options import parser
 from megatron_octo.errors import BadInput
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from megatron_octo.config.model import ModelConfig
     from megatron_octo.config.pipeline import RandomBaseConfig
     from megatron_octo.config.train import ChatTemplate
-    from megatron_octo.convert.save import Save
 
 
 def main(argv: Sequence[str]) -> None:
@@ -112,19 +111,21 @@ def _text_file(name: str) -> Path:
 def _from_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import hf_folder, sample
     from megatron_octo.convert.from_hf import from_hf
-    from megatron_octo.convert.hub_model import folder_of
+    from megatron_octo.convert.hub_model import find_model
     from megatron_octo.convert.output import finished
 
-    hf = folder_of(own.hf, own.revision, weights=False)
+    found = find_model(own.hf, own.revision, weights=False)
+    hf = found.folder
     model = hf_folder.read_model_config(hf)
     finished(own.output, "import", overwrite=own.overwrite)  # what can be refused is, before a long download
     if own.dry_run and Path(own.hf).is_dir():
         hf_folder.Weights(hf).check(model)
     elif not own.dry_run:
         from_hf(
-            folder_of(own.hf, own.revision),
+            find_model(own.hf, found.commit).folder,  # a branch may move meanwhile
             own.output,
             name=Path(own.hf).name,
+            origin=f"{own.hf}@{found.commit}" if found.commit else "",
             verify=not own.skip_verify,
             text=own.text or sample.TEXT,
             logits=not own.skip_logits,
@@ -137,16 +138,17 @@ def _to_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import sample
     from megatron_octo.convert.hf_folder import read_tokenizer
     from megatron_octo.convert.output import finished
-    from megatron_octo.convert.save import Save, find_save
+    from megatron_octo.convert.save import Save, find_save, model_of
     from megatron_octo.convert.to_hf import to_hf
 
     folder = find_save(own.save)
-    source = Save(folder, own.config)
-    output = own.output or _default_output(source)
+    model = model_of(folder, own.config)
+    output = own.output or _default_output(folder, model)
     tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
     if own.dry_run:
+        Save(folder, own.config)  # its tensors are those of the model
         finished(output, "export", overwrite=own.overwrite)
-        read_tokenizer(tokenizer, source.model)
+        read_tokenizer(tokenizer, model)
     else:
         to_hf(
             folder,
@@ -160,20 +162,21 @@ def _to_hf(own: argparse.Namespace) -> None:
             logits=not own.skip_logits,
             overwrite=own.overwrite,
         )
-    _say(own, source.model, output=output, source=folder, tokenizer=tokenizer, dtype=own.dtype)
+    _say(own, model, output=output, source=folder, tokenizer=tokenizer, dtype=own.dtype)
 
 
 def _verify(own: argparse.Namespace) -> None:
     from megatron_octo.convert import sample
     from megatron_octo.convert.save import Save, find_save
-    from megatron_octo.convert.verify import describe, verify
+    from megatron_octo.convert.verify import REPORT, describe, verify
 
-    folder = find_save(own.save)
+    folder, made = find_save(own.save), lineage.read_if_present(own.hf)
+    into = own.hf if made is not None and made.kind == "export" else None  # what is not ours stays as it is
     if own.dry_run:
-        _say(own, Save(folder, own.config).model, output=own.hf / "verify.json", source=folder)
+        _say(own, Save(folder, own.config).model, output=into / REPORT if into else "stdout", source=folder)
         return
     text = own.text or sample.TEXT
-    report = verify(folder, own.hf, own.config, logits=not own.skip_logits, text=text)
+    report = verify(folder, own.hf, own.config, logits=not own.skip_logits, text=text, into=into)
     if own.json:
         console.emit_json(asdict(report))
     else:
@@ -206,15 +209,14 @@ def _random_base_config(recipe: str) -> RandomBaseConfig:
     return base
 
 
-def _default_output(source: Save) -> Path:
+def _default_output(save: Path, model: ModelConfig) -> Path:
     """hf/step_XXXXXXXX in the run's folder; of a Llama the name in front, as its licence asks."""
     from megatron_octo.convert.model_card import llama_version, name_of
 
-    save = source.folder
     if save.parent.name != "checkpoints":
         raise BadInput(f"{save} is in no run folder, and no OUT is given", fix="say where to write: to-hf SAVE OUT")
-    link = source.lineage()
-    version = llama_version(link, source.model)
+    link = lineage.read(save)
+    version = llama_version(link, model)
     name = save.name if version is None else f"{name_of(link, version)}-{save.name}"
     return save.parent.parent / "hf" / name
 

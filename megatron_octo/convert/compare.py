@@ -33,6 +33,7 @@ def compare_export(source: Save, exported: Weights) -> None:
     for weight in mapping.weights(source.model):
         if weight.parts[0][0] in exported.shapes:
             parts, origin = [exported.read(name) for name, _ in weight.parts], source.read(weight.key, weight.layer)
+            page_cache.populate(*parts, origin)
             back = weight.rows(parts)  # as `join`, which would copy them
             rows = origin.to(back[0].dtype).split([len(piece) for piece in back])
             if not all(map(_same_bits, back, rows)):
@@ -50,6 +51,7 @@ def compare_import(reader: Reader, weights: Sequence[mapping.Weight], hf: Weight
     wrong = []
     for weight in weights:
         written, parts = reader.read(weight.key, weight.layer), [hf.read(name) for name, _ in weight.parts]
+        page_cache.populate(written, *parts)
         if not all(map(_same_bits, weight.split(written), parts)):
             wrong.append(weight.parts[0][0])
         page_cache.release(written, *parts)

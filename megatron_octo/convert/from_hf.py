@@ -8,20 +8,23 @@ stay as they are. That, and that both models give the same logits, is checked be
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_octo import console, lineage, rundir
-from megatron_octo.config.base import read_settings, to_dict
+from megatron_octo.config.base import to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert import hf_folder, sample, torch_dist
 from megatron_octo.convert.compare import compare_import
 from megatron_octo.convert.output import check_room, continued, finished
+from megatron_octo.convert.page_cache import populate
 from megatron_octo.convert.sums import Sums
 from megatron_octo.convert.verify import check_kept, is_verified
 from megatron_octo.convert.verify import verify as verify_import
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
-from megatron_octo.model.weights import MODEL_FILE
+from megatron_octo.model.weights import MODEL_FILE, read_model
 
 
 def from_hf(
@@ -29,14 +32,16 @@ def from_hf(
     output: Path,
     *,
     name: str = "",
+    origin: str = "",
     verify: bool = True,
     text: Path = sample.TEXT,
     logits: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Convert the Hugging Face folder `hf` into `output`; returns `output`. `name` is the base's, for its lineage.
+    """Convert the Hugging Face folder `hf` into `output`; returns `output`.
 
-    `verify` compares all weights, and `logits` runs both models on `text`.
+    `name` is the base's and `origin` where it was downloaded from, for its lineage. `verify` compares all weights, and
+    `logits` runs both models on `text`.
 
     An `output` that was made from the same weights is left as it is; a comparison that it lacks is made.
 
@@ -52,54 +57,65 @@ def from_hf(
         tensors.check(model)
         done = finished(output, "import", overwrite=overwrite)
         if done is not None:
-            if done.parent is None or done.parent.weights_sha256 != sums.total():
-                told = f"{output} was made from other weights than {hf}"
-                raise BadInput(told, fix="give another folder, or --overwrite")
-            _check_same(output, model)
-            check_kept(output, done, torch_dist.WEIGHT_FILES)
+            _check_same(output, done, hf, model, sums)
             if verify and not is_verified(output, logits=logits):
                 verify_import(output, hf, logits=logits, text=text, into=output)
             log.info("%s is there already, made from %s", output, hf)
             return output
-        weights = {(weight.key, weight.layer or 0): weight for weight in mapping.weights(model)}
         pieces = list(_pieces(model, tensors, sums))
         check_room(output, sum(piece.num_bytes() for piece in pieces))
-
-        def check(reader: torch_dist.Reader, written: Sequence[torch_dist.Piece]) -> None:
-            if verify:
-                compare_import(reader, [weights[piece.key, piece.offset[0]] for piece in written], tensors)
-
-        files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in hf.glob(hf_folder.WEIGHT_FILES)}
-        plan = {"model": to_dict(model), "files": files, "code": lineage.code_version()}
-        with continued(output, plan, torch_dist.KEPT) as folder:
+        with continued(output, _plan(hf, model), torch_dist.KEPT) as folder:
+            check = _comparison(model, tensors) if verify else torch_dist.unchecked
             digest = torch_dist.write(folder, pieces, check=check)
-            rundir.write_json(folder / MODEL_FILE, to_dict(model))
-            hf_folder.copy_licence(hf, folder)
-            parent = _parent(hf, name, sums.total())
-            link = lineage.Lineage(name=parent.name, kind="import", weights_sha256=digest, parent=parent)
-            lineage.write(folder, link)
+            _write_records(folder, model, digest, _parent(hf, name, origin, sums.total()))
+            lineage.copy_licence(hf, folder)
             if verify:
                 verify_import(folder, hf, weights=False, logits=logits, text=text, into=folder)
     log.info("%s: %s parameters from %s", output, f"{model.num_parameters:,}", hf)
     return output
 
 
-def _check_same(output: Path, model: ModelConfig) -> None:
-    """Refuse a finished import whose settings are not those of its base by now."""
-    made_with = to_dict(read_settings(ModelConfig, output / MODEL_FILE))
-    lines = [f"{name}: {old!r}, now {new!r}" for name, old, new in rundir.differences(made_with, to_dict(model))]
-    if lines:
-        raise BadInput(
-            f"{output} was made with another {hf_folder.CONFIG}: {'; '.join(lines)}",
-            fix="give another folder, or --overwrite",
-        )
+def _check_same(output: Path, done: lineage.Lineage, hf: Path, model: ModelConfig, sums: Sums) -> None:
+    """Refuse a finished import that was made from something else than `hf` is by now, or damaged since."""
+    fix = "give another folder, or --overwrite"
+    if done.parent is None or done.parent.weights_sha256 != sums.total():
+        raise BadInput(f"{output} was made from other weights than {hf}", fix=fix)
+    if told := rundir.other_settings(output, to_dict(read_model(output)), to_dict(model)):
+        raise BadInput(told, fix=fix)
+    check_kept(output, done, torch_dist.WEIGHT_FILES)
 
 
-def _parent(hf: Path, name: str, digest: str) -> lineage.Lineage:
+def _plan(hf: Path, model: ModelConfig) -> dict[str, Any]:
+    """What an attempt that was killed must have begun with for its files to be kept."""
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in hf.glob(hf_folder.WEIGHT_FILES)}
+    return {"model": to_dict(model), "files": files, "code": lineage.code_version()}
+
+
+def _comparison(model: ModelConfig, tensors: hf_folder.Weights) -> torch_dist.Check:
+    """Compares the pieces of a file with the tensors that they were made of."""
+    weights = {(weight.key, weight.layer or 0): weight for weight in mapping.weights(model)}
+
+    def check(reader: torch_dist.Reader, written: Sequence[torch_dist.Piece]) -> None:
+        compare_import(reader, [weights[piece.key, piece.offset[0]] for piece in written], tensors)
+
+    return check
+
+
+def _write_records(folder: Path, model: ModelConfig, digest: str, parent: lineage.Lineage) -> None:
+    """model.json, and lineage.json with its checksum."""
+    rundir.write_json(folder / MODEL_FILE, to_dict(model))
+    described = rundir.sha256(folder / MODEL_FILE)
+    link = lineage.Lineage(
+        name=parent.name, kind="import", weights_sha256=digest, recipe_sha256=described, parent=parent
+    )
+    lineage.write(folder, link)
+
+
+def _parent(hf: Path, name: str, origin: str, digest: str) -> lineage.Lineage:
     known = lineage.read_if_present(hf)
-    if known is not None and known.weights_sha256 == digest:
-        return known
-    return lineage.Lineage(name=name or hf.resolve().name, kind="base", weights_sha256=digest)
+    if known is None or known.weights_sha256 != digest:
+        known = lineage.Lineage(name=name or hf.resolve().name, kind="base", weights_sha256=digest)
+    return replace(known, origin=origin or known.origin)
 
 
 def _pieces(model: ModelConfig, tensors: hf_folder.Weights, sums: Sums) -> Iterator[torch_dist.Piece]:
@@ -129,7 +145,9 @@ def _piece(
     def make() -> object:
         for name, _ in weight.parts:
             sums.reach(tensors.file(name))
-        return weight.join([tensors.read(name) for name, _ in weight.parts]).reshape(shape)
+        parts = [tensors.read(name) for name, _ in weight.parts]
+        populate(*parts)
+        return weight.join(parts).reshape(shape)
 
     return torch_dist.Piece(
         key=weight.key,

@@ -44,7 +44,6 @@ TOKENIZER_FILES = (
 )
 
 CONTROL = ("bos", "eos", "pad")
-LICENCE_FILES = ("LICENSE*", "USE_POLICY*")
 
 PLAIN_TEMPLATE = """\
 {{- bos_token }}
@@ -246,15 +245,25 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         BadInput: it cannot be loaded, or not without that code.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        kind = transformers.PreTrainedTokenizerFast if _is_plain(folder) else transformers.AutoTokenizer
+        return kind.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # of many kinds, for files that are JSON and make no sense
         raise BadInput(
             f"the tokenizer in {folder} cannot be loaded: {error}",
             fix="give all files of a tokenizer, whole; one that needs code of its own is not supported",
         ) from None
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether AutoTokenizer, whose import takes seconds, would choose the class that knows tokenizer.json alone."""
+    settings, model = (
+        read_object(path) if (path := folder / name).exists() else {} for name in ("tokenizer_config.json", CONFIG)
+    )
+    named = settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return named and model.get("model_type", "llama") == "llama"
 
 
 def read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
@@ -291,13 +300,6 @@ def write_settings(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype
     stated = {f"{name}_token_id": value for name, value in ids.items() if value is not None}
     write_json(folder / GENERATION, stated)
     tokenizer.copy_to(folder)
-
-
-def copy_licence(source: Path, target: Path) -> None:
-    """Copy the terms of a model: LICENSE and what belongs to it."""
-    for path in (path for pattern in LICENCE_FILES for path in source.glob(pattern)):
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
 
 
 def write_plain_template(folder: Path) -> None:

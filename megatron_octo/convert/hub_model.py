@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_octo.config.data import HubSource
-from megatron_octo.convert.hf_folder import CONFIG, LICENCE_FILES, TOKENIZER_FILES, WEIGHT_FILES
+from megatron_octo.convert.hf_folder import CONFIG, TOKENIZER_FILES, WEIGHT_FILES
 from megatron_octo.data.hub import MODEL, explained
 from megatron_octo.errors import BadInput
+from megatron_octo.lineage import LICENCE_FILES
 
 SETTINGS = ("*.json", *(name for name in TOKENIZER_FILES if not name.endswith(".json")), *LICENCE_FILES)
 FILES = (WEIGHT_FILES, *SETTINGS)
 """Weights without code, settings, tokenizer, licence; no pickles, and no subfolder's second copy of the weights."""
 
 
-def folder_of(name: str, revision: str | None, *, weights: bool = True) -> Path:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A model's folder of this machine, and which commit of the Hub's it is."""
+
+    folder: Path
+    commit: str | None = None
+    """The commit's whole hash; None for a folder that was named."""
+
+
+def find_model(name: str, revision: str | None, *, weights: bool = True) -> Found:
     """`name` where it is a folder; else the files of the Hub's model `name` (`owner/name`), in huggingface_hub's cache.
 
     Without `weights`, all but these are downloaded.
@@ -26,7 +37,7 @@ def folder_of(name: str, revision: str | None, *, weights: bool = True) -> Path:
     if Path(name).is_dir():
         if revision is not None:
             raise BadInput(f"{name} is a folder, which has no revision {revision}", fix="leave --revision out")
-        return Path(name)
+        return Found(folder=Path(name))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BadInput(f"no such folder: {name}", fix="give a model's folder, or its name on the Hub: owner/name")
     from huggingface_hub import snapshot_download
@@ -38,4 +49,4 @@ def folder_of(name: str, revision: str | None, *, weights: bool = True) -> Path:
         )
     if not (folder / CONFIG).is_file():
         raise BadInput(f"model {name} on the Hub has no {CONFIG}", fix="choose a model in transformers' format")
-    return folder
+    return Found(folder=folder, commit=folder.name)  # snapshots/COMMIT, by which branches share files

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_octo.budget import ledger
-from megatron_octo.convert.hf_folder import copy_licence
 from megatron_octo.convert.verify import REPORT
+from megatron_octo.lineage import copy_licence
 from megatron_octo.model.mapping import LLAMA, family_of
 from megatron_octo.rundir import write_atomic
 
@@ -36,7 +36,7 @@ def write(folder: Path, link: Lineage, model: ModelConfig, *, save: Path, base: 
         page = f"https://www.llama.com/llama{version.replace('.', '_')}/license/"
         if not _copied(folder):
             write_atomic(folder / LICENCE, f"{terms}\n\nThe text is at {page}\n")
-        write_atomic(
+        _add_notice(
             folder / NOTICE,
             f"Llama {version} is licensed under the {terms},\n"
             "Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n",
@@ -45,6 +45,13 @@ def write(folder: Path, link: Lineage, model: ModelConfig, *, save: Path, base: 
     else:
         licence = f"Licence: that of the base, {link.chain()[0].name}{_copied(folder)}.\n\n"
     write_atomic(folder / CARD, _card(name_of(link, version), licence, link, dtype, _proof(folder)) + _ledger(save))
+
+
+def _add_notice(path: Path, notice: str) -> None:
+    """Put a notice behind those that the base came with."""
+    before = path.read_text() if path.exists() else ""
+    if notice not in before:
+        write_atomic(path, f"{before}\n{notice}" if before else notice)
 
 
 def llama_version(link: Lineage, model: ModelConfig) -> str | None:
@@ -89,7 +96,8 @@ def _ledger(save: Path) -> str:
 def _card(name: str, licence: str, link: Lineage, dtype: str, proof: str) -> str:
     chain = link.chain()
     trained = [each for each in chain if each.kind == "train"]
-    facts = [f"* base: {chain[0].name}"]
+    origin = f", {chain[0].origin} on the Hugging Face Hub" if chain[0].origin else ""
+    facts = [f"* base: {chain[0].name}{origin}"]
     facts += [f"* {'stable run' if each is trained[0] else 'branch'}: {each.name}" for each in trained]
     rows = "\n".join(
         f"| {each.kind} | {each.name} | {'' if each.step is None else each.step} | {each.tokens:,} | "

@@ -41,7 +41,9 @@ def random_base(config: RandomBaseConfig, *, overwrite: bool = False) -> Path:
     log = console.logger(__name__)
     settings = to_dict(config)
     if finished(config.output, "base", overwrite=overwrite) is not None:
-        _check_same(config.output, settings)
+        made_with = rundir.read_json(config.output / SETTINGS) if (config.output / SETTINGS).exists() else {}
+        if told := rundir.other_settings(config.output, made_with, settings):
+            raise BadInput(told, fix="give another folder, or --overwrite")
         log.info("%s is there already", config.output)
         return config.output
     tokenizer = hf_folder.read_tokenizer(config.tokenizer, config.model)
@@ -53,15 +55,6 @@ def random_base(config: RandomBaseConfig, *, overwrite: bool = False) -> Path:
         lineage.write(folder, lineage.Lineage(name=NAME, kind="base", weights_sha256=digest))
     log.info("%s: %s random parameters", config.output, f"{config.model.num_parameters:,}")
     return config.output
-
-
-def _check_same(output: Path, settings: dict[str, object]) -> None:
-    made_with = rundir.read_json(output / SETTINGS) if (output / SETTINGS).exists() else {}
-    differing = [name for name, _, _ in rundir.differences(made_with, settings)]
-    if differing:
-        raise BadInput(
-            f"{output} was made with other settings: {', '.join(differing)}", fix="give another folder, or --overwrite"
-        )
 
 
 def _tensors(model: ModelConfig, seed: int) -> Iterator[Named]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_octo.convert.page_cache import written_behind
+from megatron_octo.convert.page_cache import populate, written_behind
 from megatron_octo.errors import BadInput
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def write(path: Path, tensors: Sequence[Named], dtype: torch.dtype, *, wrote: Ca
     with written_behind(path) as file:
         file.write(header)
         for each, made in zip(tensors, _one_ahead(each.make() for each in tensors), strict=True):
+            populate(made)
             file.seek(len(header) + places[each.name])
             file.write(_bytes(_as(made, dtype, each.name)))
             wrote(each.num_bytes(dtype))

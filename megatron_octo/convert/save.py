@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_octo import checksums, console, lineage, rundir
-from megatron_octo.config.base import read_settings
-from megatron_octo.config.model import ModelConfig
 from megatron_octo.convert.hf_folder import read_model_config
 from megatron_octo.convert.torch_dist import FORMAT_FILE, WEIGHT_FILES, Reader
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
-from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE
+from megatron_octo.model.weights import EXTRA_STATE, MODEL_FILE, read_model
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_octo.config.model import ModelConfig
 
 STEPS = "checkpoints/step_*"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -27,11 +27,11 @@ ITERATION = re.compile(rf"[0-9]{{1,18}}|{RELEASE}")
 VOCABULARY = (mapping.EMBEDDING.key, mapping.OUTPUT.key)
 """Tensors that have a row for each id; Megatron-LM pads them."""
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-"""Starts of the keys of a model's tensors; all others are the optimizer's."""
+"""Starts of the keys of a model's tensors; all others are the optimizer's, or of `PREDICTION_KEYS`."""
+PREDICTION_KEYS = "mtp."
+"""Start of the keys of heads that predict further tokens: they help training, and no answer depends on them."""
 SHOWN = 5
 """Keys in a message, of many."""
-ROWS_A_RANK = 128
-"""Megatron-LM rounds a vocabulary up to a multiple of this for each tensor-parallel rank; ranks divide the heads."""
 
 
 def find_save(path: Path) -> Path:
@@ -79,32 +79,40 @@ def _damage(save: Path) -> str:
     return "; ".join(checksums.faults(save))
 
 
+def model_of(folder: Path, config: Path | None) -> ModelConfig:
+    """The model that a save holds: by its model.json, or of a plain checkpoint by the Hugging Face folder `config`.
+
+    Raises:
+        BadInput: `config` is missing, or one too many; or see `read_model`.
+    """
+    own = (folder / MODEL_FILE).exists()
+    if own and config is not None:
+        raise BadInput(f"{folder} says itself which model it holds", fix="leave --config out")
+    if not own and config is None:
+        raise BadInput(
+            f"{folder} has no {MODEL_FILE}: it is a plain Megatron checkpoint, whose settings are a pickle",
+            fix="give --config FOLDER, a Hugging Face folder of a model of this shape",
+        )
+    return read_model_config(config) if config else read_model(folder)
+
+
 class Save:
     """The weights of one save, read one at a time; the optimizer's state is left alone.
 
-    Rows of padding that Megatron-LM adds to a plain checkpoint's vocabulary are left out.
+    Of a plain checkpoint the rows beyond its vocabulary, which Megatron-LM adds, are left out.
     """
 
     def __init__(
         self, folder: Path, config: Path | None = None, on_read: Callable[[Path], object] | None = None
     ) -> None:
-        """Read the index and compare it with the model: that of model.json, or of the Hugging Face folder `config`.
+        """Read the index and compare it with the model, as `model_of` finds it.
 
-        `on_read` hears of a file before each read from it.
+        `on_read` hears of a file before each read from it, and reads it ahead.
 
         Raises:
             BadInput: not a save, or its tensors are not those of the model; `config` is missing, or one too many.
         """
-        self.folder, self._config = folder, config
-        own = (folder / MODEL_FILE).exists()
-        if own and config is not None:
-            raise BadInput(f"{folder} says itself which model it holds", fix="leave --config out")
-        if not own and config is None:
-            raise BadInput(
-                f"{folder} has no {MODEL_FILE}: it is a plain Megatron checkpoint, whose settings are a pickle",
-                fix="give --config FOLDER, a Hugging Face folder of a model of this shape",
-            )
-        self.model = read_model_config(config) if config else read_settings(ModelConfig, folder / MODEL_FILE)
+        self.folder, self._config, self.model = folder, config, model_of(folder, config)
         self._reader = Reader(folder, on_read=on_read)
         self._keys = set(self._reader.keys())
         self.vocab_rows = self.model.vocab_size
@@ -119,6 +127,15 @@ class Save:
         alone = per_layer(key, layer)
         tensor = self._reader.read(alone) if alone in self._keys else self._reader.read(key, layer)
         return tensor[: self.model.vocab_size] if key in VOCABULARY else tensor
+
+    def left_out(self) -> Iterator[str]:
+        """What the model of `config` does not have, and is passed over: a sentence each."""
+        if self.vocab_rows != self.model.vocab_size:
+            rows = f"{self.vocab_rows:,} rows of a vocabulary of {self.model.vocab_size:,}"
+            yield f"{self.folder} has {rows}: the rest is padding, and left out"
+        heads = [key for key in self._keys if key.startswith(PREDICTION_KEYS) and EXTRA_STATE not in key]
+        if heads:
+            yield f"{self.folder} has {len(heads)} tensors ({PREDICTION_KEYS}) that predict further tokens: left out"
 
     def lineage(self) -> lineage.Lineage:
         """That of the save; of a plain checkpoint, what its folder's name and `config` tell."""
@@ -139,18 +156,14 @@ class Save:
         if alone in self._keys:
             key, shape = alone, weight.shape
         found = self._reader.shape(key)
-        if key in VOCABULARY and found[1:] == shape[1:] and self._is_padded(found[0]):
+        may_be_padded = key in VOCABULARY and self._config is not None
+        if may_be_padded and found[1:] == shape[1:] and found[0] >= shape[0]:
             self.vocab_rows = found[0]
         elif found != shape:
             raise BadInput(
                 f"{self.folder}: {key} is {found}, the model of {self._config or MODEL_FILE} has {shape}",
                 fix=self._fix(),
             )
-
-    def _is_padded(self, rows: int) -> bool:
-        size, heads = self.model.vocab_size, self.model.num_heads
-        multiples = (ROWS_A_RANK * ranks for ranks in range(1, heads + 1) if heads % ranks == 0)
-        return self._config is not None and rows in {-(-size // each) * each for each in multiples}
 
     def _check_no_more(self, weights: Sequence[mapping.Weight]) -> None:
         known = {key for each in weights for key in (each.key, per_layer(each.key, each.layer))}
@@ -163,9 +176,7 @@ class Save:
             )
 
     def _fix(self) -> str:
-        if self._config is None:
-            return "do not edit a save's files; take another save"
-        return f"give --config of this model; padded rows of a vocabulary make multiples of {ROWS_A_RANK} x ranks"
+        return "give --config of this model" if self._config else "do not edit a save's files; take another save"
 
 
 def per_layer(key: str, layer: int | None) -> str:

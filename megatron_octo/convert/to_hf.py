@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_octo import console, lineage, rundir
 from megatron_octo.config.base import to_dict
@@ -30,6 +31,8 @@ from megatron_octo.model import mapping
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_octo.config.model import ModelConfig
 
 
 def to_hf(
@@ -63,31 +66,20 @@ def to_hf(
     known = lineage.read_if_present(save)
     is_import = known is not None and known.kind == "import"  # it has no checksums, which are looked at before
     with Sums(save.glob(WEIGHT_FILES) if is_import else ()) as sums, ThreadPoolExecutor(1) as beside:
-        source = Save(save, config, on_read=sums.reach)
+        source = Save(save, config, on_read=sums.reach if is_import else None)
         parent = source.lineage()
         done = finished(output, "export", overwrite=overwrite)
         words = beside.submit(hf_folder.read_tokenizer, tokenizer, source.model)  # imports for seconds
-
-        def write_settings(folder: Path) -> None:
-            hf_folder.write_settings(folder, source.model, words.result(), dtype)
-            if chat_template == "plain":
-                hf_folder.write_plain_template(folder)
-
-        def write_card(folder: Path, link: lineage.Lineage) -> None:
-            model_card.write(folder, link, source.model, save=save, base=tokenizer, dtype=dtype)
-
+        rest = _Rest(source=source, tokenizer=tokenizer, words=words, dtype=dtype, chat_template=chat_template)
         if done is not None:
-            _check_same(output, done, parent, dtype)
-            _check_settings(output, write_settings)
-            check_kept(output, done, hf_folder.WEIGHT_FILES)
+            _check_same(output, done, parent, rest)
             if verify and not is_verified(output, logits=logits):
-                verify_export(save, output, config, logits=logits, text=text)
-                write_card(output, done)
+                verify_export(save, output, config, logits=logits, text=text, into=output)
+                rest.write_card(output, done)
             log.info("%s is there already, made from %s", output, save)
             return output
-        if source.vocab_rows != source.model.vocab_size:
-            told = "%s has %s rows of a vocabulary of %s: the rest is padding, and left out"
-            log.info(told, save, f"{source.vocab_rows:,}", f"{source.model.vocab_size:,}")
+        for told in source.left_out():
+            log.warning("%s", told)
         check_room(output, hf_folder.num_bytes(source.model, dtype))
 
         def check(written: hf_folder.Weights) -> None:
@@ -96,45 +88,70 @@ def to_hf(
             if verify:
                 compare_export(source, written)
 
-        plan = {
-            "weights_sha256": parent.weights_sha256,
-            "model": to_dict(source.model),
-            "dtype": dtype,
-            "code": lineage.code_version(),
-        }
-        with continued(output, plan, (hf_folder.WEIGHT_FILES,)) as folder:
+        with continued(output, _plan(parent, source.model, dtype), (hf_folder.WEIGHT_FILES,)) as folder:
             digest = hf_folder.write_weights(folder, _tensors(source), dtype, check=check)
             if is_import and sums.total() != parent.weights_sha256:
                 raise BadInput(f"the import {save} was damaged since it was made", fix="import it again: --overwrite")
-            write_settings(folder)
+            rest.write_settings(folder)
             link = lineage.Lineage(
                 name=parent.name, kind="export", weights_sha256=digest, step=parent.step, parent=parent
             )
             lineage.write(folder, link)
             if verify:
-                verify_export(save, folder, config, weights=False, logits=logits, text=text)
-            write_card(folder, link)
+                verify_export(save, folder, config, weights=False, logits=logits, text=text, into=folder)
+            rest.write_card(folder, link)
     log.info("%s: %s, %s parameters", output, dtype, f"{source.model.num_parameters:,}")
     return output
 
 
-def _check_same(output: Path, done: lineage.Lineage, parent: lineage.Lineage, dtype: hf_folder.Dtype) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rest:
+    """All of an export but its weights."""
+
+    source: Save
+    tokenizer: Path
+    words: Future[hf_folder.Tokenizer]
+    """The tokenizer, once it is loaded."""
+    dtype: hf_folder.Dtype
+    chat_template: ChatTemplate
+
+    def write_settings(self, folder: Path) -> None:
+        """config.json, generation_config.json, the tokenizer and its template."""
+        hf_folder.write_settings(folder, self.source.model, self.words.result(), self.dtype)
+        if self.chat_template == "plain":
+            hf_folder.write_plain_template(folder)
+
+    def write_card(self, folder: Path, link: lineage.Lineage) -> None:
+        """README.md and the licence; it says whether the folder holds a report."""
+        model_card.write(
+            folder, link, self.source.model, save=self.source.folder, base=self.tokenizer, dtype=self.dtype
+        )
+
+
+def _check_same(output: Path, done: lineage.Lineage, parent: lineage.Lineage, rest: _Rest) -> None:
+    """Refuse a finished export of other weights, in another format or with other settings, or damaged since."""
+    fix = "give another folder, or --overwrite"
     if done.parent is None or done.parent.weights_sha256 != parent.weights_sha256:
-        raise BadInput(f"{output} was made from other weights", fix="give another folder, or --overwrite")
-    found, wanted = rundir.read_json(output / hf_folder.CONFIG)["torch_dtype"], hf_folder.TORCH_NAMES[dtype]
+        raise BadInput(f"{output} was made from other weights", fix=fix)
+    found, wanted = rundir.read_json(output / hf_folder.CONFIG)["torch_dtype"], hf_folder.TORCH_NAMES[rest.dtype]
     if found != wanted:
-        raise BadInput(f"{output} is in {found}, not {wanted}", fix="give another folder, or --overwrite")
-
-
-def _check_settings(output: Path, write: Callable[[Path], None]) -> None:
-    """Refuse a finished export whose config or tokenizer is not what `write` writes."""
+        raise BadInput(f"{output} is in {found}, not {wanted}", fix=fix)
     with tempfile.TemporaryDirectory() as name:
-        write(Path(name))
+        rest.write_settings(Path(name))
         differing = [file for file, *_ in rundir.differences(_sums(output), _sums(Path(name)))]
     if differing:
-        raise BadInput(
-            f"{output} has another {', '.join(differing)} than asked for", fix="give another folder, or --overwrite"
-        )
+        raise BadInput(f"{output} has another {', '.join(differing)} than asked for", fix=fix)
+    check_kept(output, done, hf_folder.WEIGHT_FILES)
+
+
+def _plan(parent: lineage.Lineage, model: ModelConfig, dtype: hf_folder.Dtype) -> dict[str, Any]:
+    """What an attempt that was killed must have begun with for its files to be kept."""
+    return {
+        "weights_sha256": parent.weights_sha256,
+        "model": to_dict(model),
+        "dtype": dtype,
+        "code": lineage.code_version(),
+    }
 
 
 def _sums(folder: Path) -> dict[str, str]:

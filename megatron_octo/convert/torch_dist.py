@@ -44,7 +44,9 @@ class Reader:
     """The tensors of a `torch_dist` folder, by key; each read touches only the pieces it needs."""
 
     def __init__(self, folder: Path, index: Any = None, on_read: Callable[[Path], object] | None = None) -> None:
-        """Read the index, unless a writer gives its own, as it is so far. `on_read` hears of a file before each read.
+        """Read the index, unless a writer gives its own, as it is so far.
+
+        `on_read` hears of a file before each read from it, and sees to it that the disk reads it ahead.
 
         Raises:
             BadInput: `folder` is not a `torch_dist` checkpoint, or its index refers to what it must not.
@@ -90,7 +92,8 @@ class Reader:
             if low >= high:
                 continue
             piece = self._piece(key, chunk)[low - chunk.offsets[0] : high - chunk.offsets[0]]
-            read_ahead(piece)
+            if self._on_read is None:
+                read_ahead(piece)
             if piece.shape == shape:  # nothing to put together, nothing to copy
                 return piece if index is None else piece[0]
             out = torch.empty(shape, dtype=entry.properties.dtype) if out is None else out
@@ -192,18 +195,25 @@ class Piece:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+type Check = Callable[[Reader, Sequence[Piece]], None]
+"""Hears of the pieces of a file once it is written, with a reader of that file."""
+
+
+def unchecked(reader: Reader, pieces: Sequence[Piece]) -> None:
+    """Take a file as it is."""
+
+
 def write(
     folder: Path,
     pieces: Sequence[Piece],
     *,
-    check: Callable[[Reader, Sequence[Piece]], None] = lambda reader, pieces: None,
+    check: Check = unchecked,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> str:
     """Write a `torch_dist` checkpoint that megatron loads at any parallel layout; holds a few pieces at a time.
 
-    The pieces of a key tile it. `folder` exists. `check` hears of the pieces of each file once it is written, with a
-    reader of that file. A file that is in `folder` already is whole, and stays; the index, written with each file,
-    knows it. Returns one SHA-256 over the files.
+    The pieces of a key tile it. `folder` exists. A file that is in it already is whole, and stays; the index, written
+    with each file, knows it. Returns one SHA-256 over the files.
 
     Raises:
         VerificationError: the index cannot be read back; or what `check` raises.

@@ -80,24 +80,25 @@ def verify(
     text: Path = sample.TEXT,
     into: Path | None = None,
 ) -> Report:
-    """Compare the folder `hf` with the save it was made from, or that was made from it; writes `verify.json` into `hf`.
+    """Compare the folder `hf` with the save it was made from, or that was made from it.
 
     `config` is as for `to_hf`. `weights` says that they were not compared yet; `logits` that both models shall run, at
-    1,024 positions of `text`; `into` is another folder for the report.
+    1,024 positions of `text`; `into` is the folder of ours that gets `verify.json`, if any.
 
     Raises:
         BadInput: one of the folders is not what it should be.
-        VerificationError: they differ; the message says where. No `verify.json` remains.
+        VerificationError: they differ; the message says where. No `verify.json` remains in `into`.
     """
-    told = (into or hf) / REPORT
     source = Save(save, config)
     try:
         report = _compare(source, hf, text, weights=weights, logits=logits)
         report = replace(report, vocab_size=source.model.vocab_size, vocab_rows=source.vocab_rows)
     except (BadInput, VerificationError):
-        told.unlink(missing_ok=True)
+        if into is not None:
+            (into / REPORT).unlink(missing_ok=True)
         raise
-    rundir.write_json(told, asdict(report))
+    if into is not None:
+        rundir.write_json(into / REPORT, asdict(report))
     console.logger(__name__).info("%s", describe(report))
     return report
 
@@ -161,10 +162,9 @@ def _compare(source: Save, hf: Path, text: Path, *, weights: bool, logits: bool)
 
 
 def _compare_settings(model: ModelConfig, hf: Path) -> None:
-    differing = list(rundir.differences(to_dict(model), to_dict(hf_folder.read_model_config(hf))))
-    if differing:
-        lines = "; ".join(f"{name}: {old!r} in the save, {new!r} in the folder" for name, old, new in differing)
-        raise VerificationError(f"{hf / hf_folder.CONFIG} describes another model: {lines}", fix="convert again")
+    there = to_dict(hf_folder.read_model_config(hf))
+    if told := rundir.other_settings(hf / hf_folder.CONFIG, there, to_dict(model)):
+        raise VerificationError(told, fix="convert again")
 
 
 def _compare_logits(source: Save, hf: Path, dtype: torch.dtype, text: Path) -> Report:

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_octo import lineage
 from megatron_octo.config.base import read_settings, to_dict
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.model.untrusted import check_record, read_index, records_checked, weights_only
-from megatron_octo.rundir import differences
+from megatron_octo.rundir import differences, sha256
 
 MODEL_FILE = "model.json"
 EXTRA_STATE = "_extra_state"  # a layer's own record (FP8 scales), in a run's saves only: an import has weights alone
@@ -93,13 +94,26 @@ def load_weights(chunks: Sequence[Any], folder: Path) -> dict[str, Any]:
     return loaded
 
 
+def read_model(folder: Path) -> ModelConfig:
+    """The model whose weights are in `folder`, by its model.json.
+
+    Raises:
+        BadInput: it has none, or that of an import was changed since (a save's is in its SHA256SUMS).
+    """
+    path, link = folder / MODEL_FILE, lineage.read_if_present(folder)
+    model = read_settings(ModelConfig, path)
+    if link is not None and link.kind == "import" and link.recipe_sha256 not in ("", sha256(path)):
+        raise BadInput(f"{path} was changed since it was written", fix="import again: octo convert from-hf --overwrite")
+    return model
+
+
 def check_shape(config: ModelConfig, folder: Path) -> None:
     """Refuse weights of another model; reads `folder/model.json` only.
 
     Raises:
         BadInput: a field that the weights depend on differs.
     """
-    there = to_dict(read_settings(ModelConfig, folder / MODEL_FILE))  # a field that it lacks has its default
+    there = to_dict(read_model(folder))  # a field that it lacks has its default
     differing = [each for each in differences(there, to_dict(config)) if each[0] not in NOT_IN_WEIGHTS]
     if differing:
         lines = "\n".join(f"  model.{name}: {old!r} there, {new!r} asked for" for name, old, new in differing)

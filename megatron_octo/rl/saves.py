@@ -117,6 +117,7 @@ def write_copy(config: RLConfig, source: Path, folder: Path, *, step: int, rows:
         for name in COPIED_FILES:
             if (config.model / name).is_file():
                 shutil.copy2(config.model / name, new / name)
+        lineage.copy_licence(config.model, new)
         link = Lineage(
             name=config.name,
             kind="rl",

@@ -2,7 +2,7 @@
 
 checkpoints/step_XXXXXXXX/ holds megatron's torch_dist files (weights under `model/weights.py`'s keys, the
 optimizer in its fully reshardable form, random states), state.json, ledger.json, config.json, model.json,
-lineage.json, SHA256SUMS and DONE.
+lineage.json, the base's licence, SHA256SUMS and DONE.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class Writing:
         rundir.write_json(folder / MODEL_FILE, to_dict(self._config.model))
         digest = rundir.sha256_files(known)
         lineage.write(folder, link(self._config, self._parent, self._state, weights_sha256=digest))
+        lineage.copy_licence(self.folder.parents[1], folder)  # the run's, which has it of what it started from
         checksums.seal(folder, known)
         rundir.publish(folder, self.folder)
 

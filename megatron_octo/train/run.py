@@ -393,7 +393,7 @@ def _layout(config: MidTrainConfig, here: Place, platform: Platform) -> str:
 
 
 def _write_records(config: MidTrainConfig, inputs: Inputs, platform: Platform, run: Path) -> None:
-    """config.json, environment.json, plan.txt and lineage.json of the run folder. Rank 0 only."""
+    """config.json, environment.json, plan.txt, lineage.json and the base's licence, in the run folder. Rank 0 only."""
     rundir.write_json(run / "config.json", to_dict(config))
     rundir.write_json(
         run / "environment.json",
@@ -407,6 +407,8 @@ def _write_records(config: MidTrainConfig, inputs: Inputs, platform: Platform, r
     )
     rundir.write_atomic(run / "plan.txt", inputs.plan.arithmetic(config) + "\n")
     lineage.write(run, checkpoint.link(config, inputs.parent, TrainState(data=inputs.mixture.identities)))
+    if inputs.start_folder is not None:
+        lineage.copy_licence(inputs.start_folder, run)
 
 
 def _version(package: str) -> str | None:

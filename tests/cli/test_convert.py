@@ -98,6 +98,21 @@ def test_a_proof_of_the_weights_alone_runs_no_model(convert: Run, run_folder: Pa
     assert (code, out) == (0, f"verified: {report['num_tensors']} tensors bit-identical; logits not compared\n")
 
 
+def test_a_comparison_is_stored_in_an_export_and_a_folder_of_the_users_stays_as_it_is(
+    convert: Run, run_folder: Path, miniature: Path, tmp_path: Path
+) -> None:
+    assert convert("to-hf", run_folder, tmp_path / "out", "--skip-verify")[0] == 0
+    for folder, file, stored in (
+        (tmp_path / "out", str(tmp_path / "out/verify.json"), True),
+        (miniature / "base", "stdout", False),
+    ):
+        code, out, _ = convert("verify", run_folder, folder, "--dry-run", "--json")
+        assert (code, json.loads(out)["output"]) == (0, file)
+        code, out, _ = convert("verify", run_folder, folder, "--skip-logits")
+        assert code == 0 and out.startswith("verified: ")
+        assert (folder / "verify.json").exists() == stored
+
+
 @pytest.mark.parametrize("more", [(), ("--skip-logits",)])
 def test_an_import_is_compared_on_the_text_that_is_given(
     convert: Run, miniature: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_octo import console, rundir
+from megatron_octo import console, lineage, rundir
 from megatron_octo.config.data import SourceConfig
 from megatron_octo.config.schedule import ConstantRate, CosineRate, LinearRate, WSDRate
 from megatron_octo.config.train import (
@@ -105,7 +105,10 @@ def train_alone(folder: Path) -> None:
 
     # an import is weights alone
     shutil.copytree(rundir.step_folder(rundir.run_folder("base"), 1), folder / "import")
+    lineage.write(folder / "import", lineage.Lineage(name="Llama-3.2-1B", kind="base", weights_sha256=""))
+    (folder / "import" / "LICENSE.txt").write_text("terms")
     train(replace(short(stage(data, "imported", steps=2)), start=FromImport(path=folder / "import")))
+    train(replace(short(stage(data, "of-imported", steps=2)), start=FromRun(run="imported")))
     train(bf16(folder, "bf16"))
     train(bf16(folder, "bf16-fresh", moments=False))
     write_groups(rundir.step_folder(run, 20), folder / "groups.json")

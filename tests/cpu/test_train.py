@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_octo import lineage, rundir
+from megatron_octo import checksums, lineage, rundir
 from megatron_octo.budget.ledger import read_ledger
 from megatron_octo.config.base import to_dict
+from megatron_octo.convert.save import find_save
+from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.convert.torch_dist import Reader
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, word_tokenizer
 from tests.cpu.matrix import BF16_LAYOUTS, BF16_STEPS, CHANGES, LAYOUTS, PEAK
 from tests.cpu.zygote import Zygote
 from tests.prepared import BATCH, SEQ_LENGTH, stage
@@ -249,6 +251,16 @@ def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_an_import_brings_the_weights(losses):
     assert losses("imported")[0] == losses("reference")[0]
+
+
+def test_the_licence_of_a_base_reaches_the_export_of_a_branch(folder, tmp_path):
+    save = find_save(folder / "runs" / "of-imported")
+    assert checksums.faults(save) == []
+    out = to_hf(save, tmp_path / "out", word_tokenizer(tmp_path / "words"), verify=False)
+    assert (out / "LICENSE.txt").read_text() == "terms"
+    assert "Llama 3.2 Community License" in (out / "NOTICE").read_text()
+    card = (out / "README.md").read_text()
+    assert "Built with Llama" in card and "stable run: imported" in card and "branch: of-imported" in card
 
 
 def test_the_ledger_counts_what_was_read(folder):

@@ -50,11 +50,13 @@ def run_to(config: RLConfig, rows: list[Row]) -> None:
 
 def test_a_copy_is_whole_has_its_lineage_and_openrlhf_s_is_gone(config: RLConfig) -> None:
     lineage.write(config.model, Lineage(name="branch", kind="export", weights_sha256="x", tokens=7))
+    (config.model / "LICENSE").write_text("terms")
     source = openrlhf_saves(config, 2)
     saves.take(config, [row(1), row(2)])
     folder = saves.copy_folder(config.output, 2)
     assert rundir.is_done(folder) and not source.exists()
     assert (folder / "generation_config.json").read_bytes() == (config.model / "generation_config.json").read_bytes()
+    assert (folder / "LICENSE").read_text() == "terms"
     link = lineage.read(folder)
     assert [(each.name, each.kind) for each in link.chain()] == [("branch", "export"), ("test-rl", "rl")]
     assert (link.step, link.tokens) == (2, 2 * 16 * 10)

@@ -1,8 +1,9 @@
-"""Small generated corpora and the tokenizer learnt from them, and a small model in both forms, each made once."""
+"""Small generated corpora and a tokenizer learnt from them, a small model in both forms, a stand-in for the Hub."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_octo.data.read import read_records
 from megatron_octo.data.synthetic import generate
 from megatron_octo.data.templates import renderer
 from megatron_octo.data.tokenizer_training import train_tokenizer
+from tests.fake_hub import LARGE, FakeHub, Repository, serving
 from tests.unit.small_model import MODEL
 
 KINDS = {"web": "text", "short": "question_answer", "long": "long_cot", "chat": "chat"}
@@ -80,3 +82,29 @@ def made(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
 def base(made: Path, tmp_path: Path) -> Path:
     """The random model, to spoil."""
     return Path(shutil.copytree(made / "base", tmp_path / "base"))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A Hub of our own with a public and a gated data set; no token, no waiting."""
+    repositories = {
+        "owner/public": Repository(
+            {
+                "README.md": b"# A data set",
+                "data/b.jsonl": b'{"text": "three"}\n',
+                "data/a.jsonl": b'{"text": "one"}\n{"text": "two"}\n',
+                "large/c.parquet": LARGE,
+            }
+        ),
+        "owner/gated": Repository({"data/a.jsonl": b'{"text": "one"}\n'}, gated=True),
+    }
+    with serving(repositories) as hub:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        template = "{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{template}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr("megatron_octo.data.hub.FIRST_WAIT_S", 0.0)
+        yield hub

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_octo import checksums, rundir
+from megatron_octo import checksums, lineage, rundir
 from megatron_octo.config.model import ModelConfig
 from megatron_octo.config.pipeline import RandomBaseConfig
 from megatron_octo.convert import hf_folder, torch_dist
@@ -25,6 +25,7 @@ from megatron_octo.convert.save import Save, find_save, per_layer
 from megatron_octo.convert.to_hf import to_hf
 from megatron_octo.errors import BadInput
 from megatron_octo.model import mapping
+from megatron_octo.model.weights import check_shape
 from tests.conftest import flip_bit, snapshot
 from tests.unit.small_model import MODEL
 
@@ -295,33 +296,34 @@ def test_padding_of_a_plain_checkpoints_vocabulary_is_left_out(
     assert tensors["lm_head.weight"].shape == (32, 16) and torch.equal(tensors["lm_head.weight"], padded[:32])
 
 
-@pytest.mark.parametrize(
-    ("heads", "size", "rows", "fits"),
-    [
-        (4, 262, 384, True),
-        (4, 262, 512, True),
-        (4, 262, 320, False),
-        (4, 262, 640, False),
-        (9, 262, 384, True),
-        (9, 384, 1152, True),
-        (4, 384, 1152, False),
-        (4, 384, 256, False),
-        (32, 128_000, 128_256, False),
-        (32, 151_669, 151_936, False),
-        (32, 151_669, 152_064, True),
-    ],
-)
-def test_as_many_rows_are_padding_as_a_number_of_tensor_parallel_ranks_makes(
-    tmp_path: Path, heads: int, size: int, rows: int, fits: bool
-) -> None:
-    small = replace(MODEL, hidden_size=heads, num_layers=1, num_heads=heads, num_kv_heads=1, head_dim=1, ffn_size=1)
+@pytest.mark.parametrize(("size", "rows"), [(262, 262), (262, 263), (262, 320), (384, 1152), (151_669, 151_936)])
+def test_all_rows_beyond_the_vocabulary_are_padding(tmp_path: Path, size: int, rows: int) -> None:
+    small = replace(MODEL, hidden_size=4, num_layers=1, num_heads=4, num_kv_heads=1, head_dim=1, ffn_size=1)
     rundir.write_json(tmp_path / "config.json", mapping.hf_config(replace(small, vocab_size=size), dtype="float32"))
-    save = plain(tmp_path / "save", replace(small, vocab_size=rows))
-    if fits:
-        assert Save(save, tmp_path).vocab_rows == rows
-    else:
-        with pytest.raises(BadInput, match=r"word_embeddings.weight is"):
-            Save(save, tmp_path)
+    save = Save(plain(tmp_path / "save", replace(small, vocab_size=rows)), tmp_path)
+    assert save.vocab_rows == rows and len(save.read("output_layer.weight")) == size
+    assert bool(list(save.left_out())) == (rows > size)
+
+
+def test_an_embedding_of_another_width_is_no_padding(tmp_path: Path) -> None:
+    rundir.write_json(tmp_path / "config.json", mapping.hf_config(MODEL, dtype="float32"))
+    save = plain(tmp_path / "save", replace(MODEL, vocab_size=128, hidden_size=8))
+    with pytest.raises(BadInput, match=r"word_embeddings.weight is \(128, 8\)"):
+        Save(save, tmp_path)
+
+
+def test_heads_that_predict_further_tokens_are_left_out_and_told(
+    made: Path, words: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save = plain(tmp_path / "run/iter_0000007", MODEL)
+    index = torch_dist.read_index(save)
+    norm = index.state_dict_metadata["decoder.final_layernorm.weight"]
+    keys = [f"mtp.layers.0.{name}" for name in ("enorm.weight", "eh_proj.weight", "eh_proj._extra_state")]
+    index.state_dict_metadata |= dict.fromkeys(keys, norm)
+    (save / torch_dist.INDEX).write_bytes(pickle.dumps(index))
+    out = to_hf(save, tmp_path / "out", words, config=made / "base", logits=False)
+    assert f"{save} has 2 tensors (mtp.) that predict further tokens: left out" in caplog.text
+    assert load_file(out / "model.safetensors").keys() == mapping.hf_shapes(MODEL).keys()
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -368,8 +370,25 @@ def test_a_plain_checkpoint_needs_settings_that_fit(made: Path, tmp_path: Path) 
         find_save(tmp_path / "run")
 
 
+def test_a_changed_model_json_of_an_import_is_noticed(made: Path, words: Path, tmp_path: Path) -> None:
+    spoilt = Path(shutil.copytree(made / "import", tmp_path / "import"))
+    rundir.write_json(spoilt / "model.json", {**rundir.read_json(spoilt / "model.json"), "rope_theta": 10_000.0})
+    calls = (
+        lambda: to_hf(spoilt, tmp_path / "out", words, verify=False),
+        lambda: from_hf(made / "base", spoilt, logits=False),
+        lambda: check_shape(replace(MODEL, rope_theta=10_000.0), spoilt),
+    )
+    for call in calls:
+        with pytest.raises(BadInput, match=r"model\.json was changed since it was written"):
+            call()
+    link = lineage.read(spoilt)
+    lineage.write(spoilt, replace(link, recipe_sha256=""))  # one that was imported before this was recorded
+    assert to_hf(spoilt, tmp_path / "out", words, verify=False)
+
+
 def test_a_save_of_another_shape_than_its_model_json_says_is_refused(made: Path, tmp_path: Path) -> None:
-    spoilt = shutil.copytree(made / "import", tmp_path / "import")
+    spoilt = Path(shutil.copytree(made / "import", tmp_path / "import"))
+    lineage.write(spoilt, replace(lineage.read(spoilt), kind="train"))
     rundir.write_json(spoilt / "model.json", {**rundir.read_json(spoilt / "model.json"), "ffn_size": 12})
     with pytest.raises(
         BadInput, match=r"linear_fc1.weight is \(2, 48, 16\), the model of model.json has \(2, 24, 16\)"

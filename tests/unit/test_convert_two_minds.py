@@ -35,7 +35,9 @@ def test_an_import_whose_base_has_other_settings_by_now_is_refused(base: Path, t
     out = from_hf(base, tmp_path / "import", logits=False)
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(settings | {"rope_theta": 10_000.0}))
-    with pytest.raises(BadInput, match=r"another config\.json: rope_theta: 500000\.0, now 10000\.0"):
+    with pytest.raises(
+        BadInput, match=r"import was made with other settings:\n  rope_theta: 500000\.0 in the folder, 10000\.0 asked"
+    ):
         from_hf(base, out, logits=False)
     assert from_hf(base, out, logits=False, overwrite=True)
     assert Save(out).model.rope_theta == 10_000.0
@@ -196,7 +198,7 @@ def test_a_comparison_that_could_not_be_made_leaves_no_old_report(made: Path, wo
     content = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(BadInput):
-        verify.verify(made / "import", out, logits=False)
+        verify.verify(made / "import", out, logits=False, into=out)
     assert not (out / verify.REPORT).exists()
 
 

@@ -63,6 +63,18 @@ def test_a_card_of_a_llama_states_its_licence(made: Path, words: Path, tmp_path:
     assert "Llama 3.2 is licensed under the Llama 3.2 Community License" in (out / "NOTICE").read_text()
 
 
+def test_a_notice_of_the_base_stays_in_front_of_ours(made: Path, words: Path, tmp_path: Path) -> None:
+    renamed = Path(shutil.copytree(made / "import", tmp_path / "import"))
+    parent = lineage.Lineage(name="Llama-3.2-1B-tuned", kind="base", weights_sha256="")
+    lineage.write(renamed, replace(lineage.read(renamed), parent=parent))
+    (renamed / "NOTICE").write_text("tuned by someone\n")
+    out = to_hf(renamed, tmp_path / "out", words, verify=False)
+    notice = (out / "NOTICE").read_text()
+    assert notice.startswith("tuned by someone\n\nLlama 3.2 is licensed under")
+    assert to_hf(renamed, tmp_path / "out", words, logits=False) == out  # the card is written again
+    assert (out / "NOTICE").read_text() == notice
+
+
 def test_a_licence_beside_the_tokenizer_is_copied(made: Path, words: Path, tmp_path: Path) -> None:
     tokenizer = Path(shutil.copytree(words, tmp_path / "words"))
     (tokenizer / "LICENSE.txt").write_text("terms")

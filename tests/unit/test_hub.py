@@ -1,9 +1,7 @@
-"""Files from the Hub, against a server that answers as the Hub does: all of a file or an error that says what to do."""
+"""Data sets on the Hub, against a stand-in: all of a file, or an error that says what to do."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -11,238 +9,25 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections import namedtuple
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
-import httpx
 import pytest
 
-from megatron_octo import lineage, rundir
-from megatron_octo.cli import app
 from megatron_octo.config.data import CorpusFacts, HubSource, PrepareConfig
-from megatron_octo.config.model import ModelConfig
-from megatron_octo.config.pipeline import RandomBaseConfig
-from megatron_octo.convert.hub_model import folder_of
-from megatron_octo.convert.random_base import random_base
-from megatron_octo.convert.to_hf import to_hf
-from megatron_octo.data import hub as hub_module
 from megatron_octo.data.hub import HubFile, check_access, downloads_folder, fetch, release
 from megatron_octo.data.hub_listing import plan_downloads
 from megatron_octo.data.inputs import find_inputs
 from megatron_octo.data.prepare import prepare
 from megatron_octo.data.read import read_records
 from megatron_octo.errors import BadInput, OctoError
-from tests.conftest import REPOSITORY, snapshot, word_tokenizer
+from tests.conftest import REPOSITORY, snapshot
+from tests.fake_hub import BAD, COMMIT, CONVERTED, GOOD, LARGE, Repository
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CONVERTED = COMMIT[::-1]
-GOOD, BAD = "hf_thetokenthathasaccess", "hf_thetokenthathasnone"
-LARGE = bytes(range(256)) * 4096  # 1 MiB
-TINY = ModelConfig(
-    hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=24, vocab_size=32, tied_embeddings=True
-)
 Usage = namedtuple("Usage", "total used free")
-
-
-@dataclass
-class Repository:
-    """A data set; files above 1 kB are kept outside of git, as the Hub keeps large ones."""
-
-    files: dict[str, bytes]
-    gated: bool = False
-    card: dict[str, object] = field(default_factory=dict)
-    """What its README.md says in front of the text."""
-    converted: dict[str, bytes] = field(default_factory=dict)
-    """The Hub's own conversion to Parquet."""
-
-
-@dataclass
-class FakeHub:
-    """What the server has, what it is to do wrong, and what it was asked."""
-
-    url: str = ""
-    storage_url: str = ""
-    repositories: dict[str, Repository] = field(default_factory=dict)
-    renamed: dict[str, str] = field(default_factory=dict)
-    cut_after: list[int] = field(default_factory=list)
-    """Bytes after which the next answers break off."""
-    stall: bool = False
-    """Send half of a file and then nothing."""
-    flip: bool = False
-    """Change a byte of what is sent."""
-    no_ranges: bool = False
-    status: int = 0
-    """Answer downloads with this status."""
-    asked: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
-
-    def downloads(self) -> list[str]:
-        """The Range header of each request that was answered with content ('' for none)."""
-        return [headers.get("range", "") for method, path, headers in self.asked if method == "GET" and "/get/" in path]
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: FakeHub
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        url = urlsplit(self.path)
-        self.hub.asked.append((self.command, unquote(url.path), headers))
-        if match := re.fullmatch(r"/get/([^/]+/[^/]+)/(.+)", unquote(url.path)):
-            repository = self.hub.repositories[match[1]]
-            self._content({**repository.files, **repository.converted}[match[2]], headers)
-            return
-        match = re.fullmatch(
-            r"/(?:api/)?(?:datasets/|models/)?([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", url.path
-        )
-        if not match:
-            self._send(404, {})
-            return
-        name, verb, revision, rest = map(unquote, match.groups())
-        if name in self.hub.renamed:
-            self._send(307, {"Location": self.path.replace(name, self.hub.renamed[name])})
-            return
-        repository = self.hub.repositories.get(name)
-        if refusal := self._refusal(
-            repository, verb, revision, headers.get("authorization", "").removeprefix("Bearer ")
-        ):
-            self._send(*refusal)
-            return
-        converted = revision in ("refs/convert/parquet", CONVERTED)
-        commit, files = (CONVERTED, repository.converted) if converted else (COMMIT, repository.files)
-        if verb == "revision":
-            names = [{"rfilename": path} for path in files]
-            self._send(200, {}, {"id": name, "sha": commit, "cardData": repository.card, "siblings": names})
-        elif verb == "tree":
-            entries = tree(files, rest, recursive=parse_qs(url.query)["recursive"] == ["true"])
-            self._send(*((200, {}, entries) if entries else (404, {"X-Error-Code": "EntryNotFound"})))
-        else:
-            about = {
-                "X-Repo-Commit": commit,
-                "ETag": f'"{git_id(files[rest])}"',
-                "X-Linked-Size": str(len(files[rest])),
-            }
-            self._send(302, {**about, "Location": f"{self.hub.storage_url}/get/{name}/{rest}"})
-
-    def _refusal(
-        self, repository: Repository | None, verb: str, revision: str, token: str
-    ) -> tuple[int, dict[str, str]] | None:
-        """(status, headers) of an answer that is no."""
-        if token and token not in (GOOD, BAD):
-            return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}
-        if repository is None:
-            return 404 if token else 401, {"X-Error-Code": "RepoNotFound"}
-        known = ("refs/convert/parquet", CONVERTED) if repository.converted else ()
-        if revision not in ("main", COMMIT, *known):
-            return 404, {"X-Error-Code": "RevisionNotFound"}
-        if verb == "resolve" and repository.gated and token != GOOD:
-            return 403 if token else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."}
-        return (self.hub.status, {}) if verb == "resolve" and self.hub.status else None
-
-    def _content(self, data: bytes, headers: dict[str, str]) -> None:
-        start = 0
-        if (match := re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))) and not self.hub.no_ranges:
-            start = int(match[1])
-        body = data[start:]
-        if self.hub.flip:
-            body = body[:-1] + bytes([body[-1] ^ 1])
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.hub.stall:
-            self.wfile.write(body[: len(body) // 2])
-            self.wfile.flush()
-            time.sleep(60)
-        if self.hub.cut_after:
-            self.wfile.write(body[: self.hub.cut_after.pop(0)])
-            self.close_connection = True
-            return
-        self.wfile.write(body)
-
-    def _send(self, status: int, headers: dict[str, str], value: object = None) -> None:
-        body = b"" if value is None else json.dumps(value).encode()
-        self.send_response(status)
-        for name, content in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, content)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-
-def tree(files: dict[str, bytes], folder: str, *, recursive: bool) -> list[dict[str, object]]:
-    """What the Hub lists of a folder; it promises no order."""
-    prefix = f"{folder}/" if folder else ""
-    entries: dict[str, dict[str, object]] = {}
-    for path, data in files.items():
-        first, _, more = path.removeprefix(prefix).partition("/")
-        if not path.startswith(prefix):
-            continue
-        if more:
-            entries[prefix + first] = {"type": "directory", "path": prefix + first, "oid": "0" * 40}
-        if recursive or not more:
-            entries[path] = {"type": "file", "path": path, "size": len(data), "oid": git_id(data)}
-            if len(data) > 1000:
-                sha256 = hashlib.sha256(data).hexdigest()
-                entries[path]["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
-    return list(entries.values())
-
-
-def git_id(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-@pytest.fixture
-def fake(monkeypatch, tmp_path):
-    """A Hub of our own with a public and a gated data set; no token, no waiting."""
-    hub = FakeHub()
-    hub.repositories = {
-        "owner/public": Repository(
-            {
-                "README.md": b"# A data set",
-                "data/b.jsonl": b'{"text": "three"}\n',
-                "data/a.jsonl": b'{"text": "one"}\n{"text": "two"}\n',
-                "large/c.parquet": LARGE,
-            }
-        ),
-        "owner/gated": Repository({"data/a.jsonl": b'{"text": "one"}\n'}, gated=True),
-    }
-    with contextlib.ExitStack() as stack:
-        servers = [
-            ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Handler,), {"hub": hub})) for _ in ("hub", "storage")
-        ]
-        for server in servers:
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-            stack.callback(server.server_close)
-            stack.callback(server.shutdown)
-        hub.url, hub.storage_url = (
-            f"http://{host}:{server.server_port}"
-            for host, server in zip(("127.0.0.1", "localhost"), servers, strict=True)
-        )
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        template = "{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{template}")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(hub_module, "FIRST_WAIT_S", 0.0)
-        yield hub
 
 
 @pytest.fixture
@@ -266,115 +51,6 @@ def large(fake) -> HubFile:
     """The plan of the 1 MiB file."""
     (file,) = plan_downloads(HubSource(repository="owner/public", files=("large/*.parquet",)))
     return file
-
-
-@pytest.fixture
-def models(fake, monkeypatch, tmp_path) -> FakeHub:
-    """The stand-in with a model; what is downloaded of it goes to a cache of this test."""
-    files = {"config.json": b"{}", "model.safetensors": LARGE, "tokenizer.json": b"{}"}
-    files |= {"LICENSE": b"terms", "USE_POLICY.md": b"policy"}
-    others = {"pytorch_model.bin": b"a pickle", "modeling_own.py": b"code", "original/model.safetensors": LARGE}
-    fake.repositories["owner/model"] = Repository({**files, **others})
-    fake.repositories["owner/gated-model"] = Repository(files, gated=True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    return fake
-
-
-def test_of_a_model_the_weights_settings_and_tokenizer_are_downloaded_and_no_code(models):
-    folder = folder_of("owner/model", COMMIT)
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "USE_POLICY.md"}
-    assert (folder / "model.safetensors").read_bytes() == LARGE
-
-
-@pytest.mark.parametrize(("token", "told"), [(None, "HF_TOKEN is not set"), (BAD, "the token's account has no access")])
-def test_a_gated_model_without_access_names_the_licence_page(models, monkeypatch, token, told):
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(BadInput, match=f"model owner/gated-model is gated.*{told}") as caught:
-        folder_of("owner/gated-model", None)
-    assert caught.value.exit_code == 2
-    assert "https://huggingface.co/owner/gated-model" in caught.value.fix
-
-
-@pytest.mark.parametrize(
-    ("name", "revision", "told"),
-    [
-        ("owner/absent", None, "there is no model owner/absent"),
-        ("owner/model", "v9", "model owner/model has no revision 'v9'"),
-        ("owner/public", None, "has no config.json"),
-        ("absent", None, "no such folder: absent"),
-        ("/absent/folder", None, "no such folder"),
-    ],
-)
-def test_a_model_that_is_not_there_is_told(models, name, revision, told):
-    with pytest.raises(BadInput, match=told):
-        folder_of(name, revision)
-
-
-def test_a_model_whose_hub_cannot_be_reached_is_told(models, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", _no_answer)
-    with pytest.raises(BadInput, match=r"owner/model is .* cannot be reached: ConnectError: no route") as caught:
-        folder_of("owner/model", None)
-    assert "hf download owner/model" in caught.value.fix
-
-
-def _no_answer(*args: object, **options: object) -> None:
-    raise httpx.ConnectError("no route")
-
-
-@pytest.fixture
-def from_hf(models, monkeypatch, capfd, tmp_path):
-    """Run `octo convert from-hf NAME tmp_path/import ARGS`; returns exit code, stdout and stderr."""
-    base = RandomBaseConfig(model=TINY, tokenizer=word_tokenizer(tmp_path / "words"), output=tmp_path / "base")
-    files = {path.name: path.read_bytes() for path in random_base(base).iterdir() if path.name != "lineage.json"}
-    for name, gated in (("owner/Llama-real", False), ("owner/gated-model", True)):
-        models.repositories[name] = Repository(files, gated=gated)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the command sets it; this undoes that
-    capfd.readouterr()
-
-    def run(name: str, *args: str) -> tuple[int, str, str]:
-        argv = ["convert", "from-hf", name, str(tmp_path / "import"), "--skip-logits", *args]
-        return app.main(argv), *capfd.readouterr()
-
-    return run
-
-
-@pytest.mark.parametrize("revision", [None, COMMIT])
-def test_a_model_is_converted_by_its_name_on_the_hub(from_hf, tmp_path, revision):
-    code, out, err = from_hf("owner/Llama-real", *(["--revision", revision] if revision else []))
-    assert (code, out) == (0, f"{tmp_path / 'import'}\n"), err
-    assert [link.name for link in lineage.read(tmp_path / "import").chain()] == ["Llama-real"] * 2
-    export = to_hf(tmp_path / "import", tmp_path / "export", tmp_path / "words", dtype="fp32", verify=False)
-    assert (export / "model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
-
-
-def test_no_weights_are_downloaded_of_a_model_that_is_refused_nor_on_a_dry_run(from_hf, models, tmp_path):
-    (tmp_path / "import").mkdir()
-    (tmp_path / "import" / "file").touch()
-    assert from_hf("owner/model")[0] == 2  # its config.json says nothing
-    assert from_hf("owner/Llama-real")[0] == 2  # OUT holds something else
-    (tmp_path / "import" / "file").unlink()
-    assert from_hf("owner/Llama-real", "--dry-run")[0] == 0
-    assert "config.json" in str(models.asked) and "safetensors" not in str([path for _, path, _ in models.asked])
-
-
-def test_a_gated_model_is_converted_with_a_token_and_told_in_one_message_without(from_hf, monkeypatch, tmp_path):
-    code, out, err = from_hf("owner/gated-model")
-    assert (code, out) == (2, "") and err.count("fix: ") == 1 and "Traceback" not in err
-    assert "https://huggingface.co/owner/gated-model and accept the terms" in err and "HF_TOKEN" in err
-    assert not list(tmp_path.glob("*import*"))
-    monkeypatch.setenv("HF_TOKEN", GOOD)
-    code, _, err = from_hf("owner/gated-model")
-    assert (code, rundir.is_done(tmp_path / "import")) == (0, True), err
-    assert GOOD not in err
-
-
-def test_a_folder_stands_for_itself_and_has_no_revision(tmp_path):
-    assert folder_of(str(tmp_path), None) == tmp_path
-    with pytest.raises(BadInput, match="has no revision v1"):
-        folder_of(str(tmp_path), "v1")
 
 
 def test_a_public_set_is_read_in_the_order_of_its_names(fake, config):
