@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
@@ -26,7 +24,7 @@ from megatron_octo.train.state import saved_steps
 from tests.conftest import REPOSITORY, snapshot
 from tests.prepared import stage, write_data
 from tests.slurm import login_node
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.test_scripts import forget_jobs, stubbed
 
 pytestmark = [
@@ -35,6 +33,8 @@ pytestmark = [
 ]
 __all__ = ["stubbed"]
 RECIPE = "recipes/llama32_3b.py:stable_200b"
+START_S = 300.0
+"""A training here takes no longer to start, or to save and end."""
 GOLDEN = REPOSITORY / "tests" / "golden" / "launch_slurm.json"
 
 
@@ -214,18 +214,12 @@ def test_a_training_that_was_launched_here_saves_and_ends_with_the_launch(tmp_pa
     environment = {**os.environ, "HOME": str(tmp_path), "OCTO_RUNS": str(tmp_path)}
     argv = [sys.executable, "-m", "megatron_octo", "launch", str(tmp_path / "stage.json"), "--on", "local"]
     with subprocess.Popen(argv, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL) as launched:
-        wait_for((run / "metrics.jsonl").exists)
+        wait_for((run / "metrics.jsonl").exists, START_S)
         launched.terminate()
     assert launched.returncode == 1
-    wait_for(lambda: not rundir.in_use(run))
+    wait_for(lambda: not rundir.in_use(run), START_S)
     assert saved_steps(run)
     assert not rundir.is_done(run)
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    """Wait until `what` holds; the test's own limit ends it."""
-    while not what():
-        time.sleep(0.2)
 
 
 @pytest.mark.slow
