@@ -18,6 +18,7 @@ CHAIN="${OCTO_CHAIN-} $SLURM_JOB_ID" # this job, after those that it goes on fro
 TOLD='told to end; if Slurm took the nodes away it queues the job again'
 SIGNAL=''      # the last one that asked this job to end
 PASSED_ON=TERM # what its tasks are told then
+MOST_CLOCK_S=30 # that a node may be off the first one
 
 say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID.$RESTART: $*" >&2; }
 
@@ -95,18 +96,24 @@ make_plan() { # NAME [ARGUMENTS]
 }
 
 check_nodes() {
-    local bad
+    local bad before said
+    before=$(date +%s)
     "${SRUN[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --time=20 \
         --output="$LOGS/preflight.txt" "${OCTO[@]}" slurm preflight --gpus "$GPUS" \
-        --clock "$(date +%s.%N)" --command "$OCTO_PREFLIGHT"
+        --command "$OCTO_PREFLIGHT"
     give_way
+    # each said its time, which is between this node's before and after, however long it took to start
+    said=$(awk -v before="$before" -v after="$(date +%s)" -v most="$MOST_CLOCK_S" '
+        $2 == "ok" { off = $3 < before ? $3 - before : $3 > after ? $3 - after : 0 }
+        $2 == "ok" && off * off > most * most { $0 = $1 " bad: its clock is " off " s off that of the first node" }
+        { print }' "$LOGS/preflight.txt")
     # a node that said nothing is bad too
-    bad=$(comm -23 <(sort "$LOGS/hosts") <(sed -n 's/ ok$//p' "$LOGS/preflight.txt" | sort) | paste -sd,)
+    bad=$(comm -23 <(sort "$LOGS/hosts") <(sed -n 's/ ok .*//p' <<<"$said" | sort) | paste -sd,)
     [[ $bad ]] || return 0
     if [[ $bad == "$(sort "$LOGS/hosts" | paste -sd,)" ]]; then
-        finish failed 1 "no node passed the preflight: $(grep -m1 ' bad: ' "$LOGS/preflight.txt")"
+        finish failed 1 "no node passed the preflight: $(grep -m1 ' bad: ' <<<"$said")"
     fi
-    say "$(grep ' bad: ' "$LOGS/preflight.txt")"
+    say "$(grep ' bad: ' <<<"$said")"
     requeue "without $bad, which failed the preflight" "$bad"
 }
 

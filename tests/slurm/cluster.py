@@ -119,7 +119,8 @@ def cluster(folder: Path, *, nodes: int = 8, accounting: bool = False) -> Iterat
         started.callback(_end, *(folder / f"slurmd.{name}.pid" for name in names))
         for name in names:
             clients("slurmd", "-N", name)
-        wait_for(lambda: clients("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() == ["idle"] * nodes)
+        idle = ["idle"] * nodes
+        wait_for(lambda: clients("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() == idle)
         yield clients
         clients("scancel", "--user", "root", check=False)
         wait_for(lambda: not clients("squeue", "-h", check=False))
