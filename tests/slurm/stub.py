@@ -2,13 +2,15 @@
 
 Plans and preflights are the product's, but for the inputs, which need not be there. STUB_EXIT is the tasks' exit code,
 STUB_PLAN_S how long a plan takes; STUB_SLOW names a node whose preflight takes 3 s to start, STUB_LATE one whose clock
-is an hour late. Run by `python -S`: of hundreds of ranks one needs a package.
+is an hour late. With STUB_WAITS tasks wait for SIGTERM, and end as `octo` does then. Run by `python -S`: of hundreds of
+ranks one needs a package.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import site
 import sys
 import time
@@ -27,7 +29,12 @@ if argv[0] == "slurm":
     sys.exit(app.main(argv))
 
 names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURMD_NODENAME", "MASTER_ADDR", "MASTER_PORT")
-print(json.dumps([argv, *(os.environ.get(name) for name in (*names, "CUDA_VISIBLE_DEVICES"))]), flush=True)
+names += ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_END_TIME")
+if "STUB_WAITS" in os.environ:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+print(json.dumps([argv, *map(os.environ.get, names)]), flush=True)
+if "STUB_WAITS" in os.environ:
+    signal.pause()
 if (code := int(os.environ.get("STUB_EXIT", "0"))) == 0 and os.environ["SLURM_PROCID"] == "0":
     site.main()
     from megatron_octo import rundir

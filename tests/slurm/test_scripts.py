@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def assert_a_rank_a_gpu(said: list[list], job: str, *, num_nodes: int) -> None:
     """Tasks of a training's job are its ranks, eight a node in order, which meet at the first node."""
     size = 8 * num_nodes
     assert sorted(int(rank) for _, rank, *_ in said) == list(range(size))
-    for _, rank, *where in said:
+    for _, rank, *where, _ in said:
         node, local = divmod(int(rank), 8)
         meet = ["node1", str(20000 + int(job)), "0,1,2,3,4,5,6,7"]
         assert where == [str(size), str(local), f"node{node + 1}", *meet]
@@ -126,7 +127,7 @@ def test_model_branch_nodes_and_overrides_come_from_the_command_line(slurm, stub
 
 @pytest.mark.parametrize(
     ("code", "restarts", "why"),
-    [("1", "2", "3 crashes without a save in between"), ("2", "0", "failed: exit code 2")],
+    [("1", "2", "3 starts ended without a save in between"), ("2", "0", "failed: exit code 2")],
 )
 def test_crashes_without_a_save_end_a_job_and_so_does_bad_input_that_ranks_find(slurm, stubbed, code, restarts, why):
     job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_EXIT=code)
@@ -173,7 +174,26 @@ def test_crashes_are_counted_over_jobs_that_go_on_from_each_other(slurm, resubmi
     while slurm.wait_end(jobs[-1]) == "COMPLETED":
         jobs.append(successor(resubmitting, jobs[-1]))
     assert len(jobs) == 3
-    assert "3 crashes without a save in between" in output(resubmitting, jobs[-1])
+    assert "3 starts ended without a save in between" in output(resubmitting, jobs[-1])
+
+
+def test_rl_that_is_told_of_its_time_limit_before_each_save_fails_and_says_what_to_set(slurm, stubbed):
+    job = submit(slurm, stubbed, "--time=2:00:00", "slurm/rl.sh", "long", STUB_WAITS="1")
+    for restart in range(3):
+        ranks = stubbed / "runs" / "slurm" / f"{job}.{restart}" / "ranks.txt"
+        slurm.wait(job, lambda ranks=ranks: ranks.exists() and "rl_zero.py" in ranks.read_text())
+        slurm("scancel", "--batch", "--signal=USR1", job)
+        slurm.wait(job, lambda ranks=ranks: not (ranks.with_name("state")).read_text().startswith("running"))
+    assert slurm.wait_end(job) == "FAILED"
+    assert slurm.field(job, "Restarts") == "2"
+    said = (
+        "3 starts ended without a save in between; asked to end, and its last save is of step 0\n  fix: .*--save-every"
+    )
+    assert re.search(said, output(stubbed, job)), output(stubbed, job)
+    ((*_, end),) = tasks(stubbed, f"{job}.2")
+    assert datetime.fromtimestamp(int(end)) - datetime.fromisoformat(slurm.field(job, "StartTime")) == timedelta(
+        hours=2
+    )
 
 
 def test_a_job_that_may_not_be_requeued_fails_and_says_what_to_set(slurm, stubbed):
