@@ -81,7 +81,6 @@ def _check_kubernetes(own: argparse.Namespace, command: str) -> None:
             f"--on {own.on} with --image {own.image!r} --volume {own.volume!r}",
             fix="name an image that holds megatron_octo, and a claim for the runs: --image IMAGE --volume CLAIM:/PATH",
         )
-
     if own.on == "skypilot" and not own.gpu:
         raise BadInput("--on skypilot without --gpu", fix="name one as SkyPilot does: --gpu H100; `sky gpus list`")
     if own.on == "skypilot" and own.wait:

@@ -120,8 +120,7 @@ check_nodes() {
 run_ranks() {
     local tasks=(--nodes=1 --ntasks=1) part=() srun
     MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-    # an older Slurm does not set it; there is none without a time limit
-    SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime)" +%s 2>/dev/null)}
+    SLURM_JOB_END_TIME=$(date -d "$(field EndTime)" +%s 2>/dev/null) # newer Slurms set it; empty without a time limit
     export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
     if [[ ${ARGV[0]} == rl ]] && ((${#HOSTS[@]} > 1)); then # one Ray of all nodes
         tasks=(--ntasks="${#HOSTS[@]}" --ntasks-per-node=1)
