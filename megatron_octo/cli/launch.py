@@ -1,4 +1,4 @@
-"""`octo launch RECIPE --on slurm|local|kubernetes`: one stage through NeMo-Run."""
+"""`octo launch RECIPE --on slurm|local|kubernetes|skypilot`: one stage through NeMo-Run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     options = recipe_parser(
         "launch", "Launch a training or RL run through NeMo-Run (an extra): here, on Slurm or Kubernetes."
     )
-    options.add_argument("--on", choices=("slurm", "local", "kubernetes"), required=True, help="where")
+    options.add_argument("--on", choices=("slurm", "local", "kubernetes", "skypilot"), required=True, help="where")
     options.add_argument("--nodes", type=at_least_one, help="nodes (default: 8, for RL as many as it asks for; here 1)")
     options.add_argument("--gpus-per-node", type=at_least_one, help="ranks of a node (default: 8; here 1)")
     options.add_argument("--time", default="24:00:00", help="on Slurm: the time limit of each start (24:00:00)")
@@ -37,8 +37,9 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--image", default="", help="on Kubernetes: container image, run in the repository's folder")
     options.add_argument("--namespace", default="default", help="on Kubernetes")
     options.add_argument(
-        "--volume", default="", metavar="CLAIM:PATH", help="on Kubernetes: claim for runs, and its path"
+        "--volume", default="", metavar="CLAIM:PATH", help="on Kubernetes, by SkyPilot too: claim for runs, its path"
     )
+    options.add_argument("--gpu", default="", help="by SkyPilot: the GPU's name there, as in `sky gpus list`")
     options.add_argument("--wait", action="store_true", help="on Slurm: follow the job; exit as it does")
     options.add_argument("--dry-run", action="store_true", help="print what would be submitted; touch nothing")
     own, overrides = parse_recipe(options, argv, KINDS)
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     default = Shape(nodes=8, gpus_per_node=8) if own.on != "local" else Shape(nodes=1, gpus_per_node=1)
     nodes = own.nodes or (config.num_nodes if isinstance(config, RLConfig) else default.nodes)
     shape = Shape(nodes=nodes, gpus_per_node=own.gpus_per_node or default.gpus_per_node)
-    if own.on == "kubernetes":
+    if own.on in ("kubernetes", "skypilot"):
         _check_kubernetes(own, command)
     arithmetic = check_shape(config, shape)
     console.logger(__name__).info("%s", arithmetic)
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     settings = {each.name: getattr(own, each.name) for each in fields(nemo.Target) if each.name != "shape"}
     target = nemo.Target(shape=shape, **settings)
     if own.dry_run:
-        shown = {"slurm": nemo.sbatch_text, "kubernetes": nemo.manifest}.get(own.on)
+        shown = {"slurm": nemo.sbatch_text, "kubernetes": nemo.manifest, "skypilot": nemo.manifest}.get(own.on)
         console.emit(shown(job, target) if shown else f"octo {' '.join(job.argv)}")
         return
     if own.on == "slurm" and not own.host:
@@ -67,18 +68,25 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_kubernetes(own: argparse.Namespace, command: str) -> None:
-    """Refuse what a TrainJob cannot run.
+    """Refuse what cannot be run there.
 
     Raises:
-        BadInput: it is RL, or there is no image or no volume.
+        BadInput: it is RL, there is no image or no volume; for SkyPilot, there is no GPU, or it is to be followed.
     """
     if command != "train":
-        raise BadInput("--on kubernetes runs training only", fix="launch RL with --on slurm")
+        raise BadInput(f"--on {own.on} runs training only", fix="launch RL with --on slurm")
     claim, _, path = own.volume.partition(":")
     if not own.image or not claim or not path.startswith("/"):
         raise BadInput(
-            f"--on kubernetes with --image {own.image!r} --volume {own.volume!r}",
+            f"--on {own.on} with --image {own.image!r} --volume {own.volume!r}",
             fix="name an image that holds megatron_octo, and a claim for the runs: --image IMAGE --volume CLAIM:/PATH",
+        )
+    if own.on == "skypilot" and not own.gpu:
+        raise BadInput("--on skypilot without --gpu", fix="name one as SkyPilot does: --gpu H100; `sky gpus list`")
+    if own.on == "skypilot" and own.wait:
+        raise BadInput(
+            "--on skypilot --wait: NeMo-Run hears no end of a job whose nodes SkyPilot has given back",
+            fix="leave --wait out; the command names the `sky logs` that follows the job and exits as it does",
         )
 
 

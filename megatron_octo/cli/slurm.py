@@ -8,6 +8,7 @@ import importlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,9 +45,10 @@ def main(argv: Sequence[str]) -> None:
     )
     pipeline.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] RECIPE")
     pipeline.set_defaults(run=_tree)
-    preflight = commands.add_parser("preflight", help="is this node fit? prints `NODE ok` or `NODE bad: why`")
+    preflight = commands.add_parser(
+        "preflight", help="is this node fit? prints `NODE ok`, its time in seconds, or `NODE bad: why`"
+    )
     preflight.add_argument("--gpus", type=int, default=0, help="GPUs that it must have")
-    preflight.add_argument("--clock", type=float, help="the time on the first node, seconds since 1970")
     preflight.add_argument("--command", default="", help="a check of the site's own")
     preflight.set_defaults(run=_preflight)
     node = commands.add_parser("node", help="a node's part in RL on several: the first runs `octo rl`, the others join")
@@ -121,8 +123,8 @@ def _check_inputs(found: Job, shape: Shape) -> None:
 
 
 def _preflight(own: argparse.Namespace) -> None:
-    found = faults(num_gpus=own.gpus, runs=rundir.runs_root(), clock_s=own.clock, command=own.command)
-    console.emit(f"{node_name()} {'bad: ' + '; '.join(found) if found else 'ok'}")
+    found = faults(num_gpus=own.gpus, runs=rundir.runs_root(), command=own.command)
+    console.emit(f"{node_name()} {'bad: ' + '; '.join(found) if found else f'ok {time.time():.0f}'}")
     if found:
         raise OctoError(f"node {node_name()} is not fit: {'; '.join(found)}", fix="leave it out: sbatch --exclude")
 

@@ -1,8 +1,9 @@
-"""A stage through NeMo-Run: as processes here, as the Slurm job that slurm/lib/job.sh makes of it, or on Kubernetes.
+"""A stage through NeMo-Run: as processes here, as the Slurm job that slurm/lib/job.sh makes of it, or on Kubernetes,
+where Kubeflow's trainer or SkyPilot starts it.
 
 The only importer of nemo_run, which is an extra. What NeMo-Run writes around the job (its own srun, its retries) is
 never reached: `run_job` ends the script itself, so that saving, requeueing and preflights exist once. On Kubernetes
-there is no such script: a TrainJob of Kubeflow's trainer starts torchrun on each node.
+there is no such script: a TrainJob, or SkyPilot's task, starts torchrun on each node.
 """
 
 from __future__ import annotations
@@ -32,13 +33,23 @@ SILENCE_S = 600.0
 ENDED = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 """What Slurm calls a job that has ended and will not start again, but for one that ended well."""
 GOES_ON = "resubmitted as job "
+SKYPILOT_MEETING = (
+    "--nnodes=$num_nodes",
+    "--node-rank=$SKYPILOT_NODE_RANK",
+    "--nproc-per-node=$SKYPILOT_NUM_GPUS_PER_NODE",
+    "--master-addr=$head_node_ip",
+    "--master-port=29500",
+)
+"""How torchrun meets on a cluster of SkyPilot's; NeMo-Run sets the variables that are not SkyPilot's."""
+IDLE_MINUTES = 10
+"""After these without a job SkyPilot gives the nodes back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
     """Where to launch."""
 
-    on: Literal["slurm", "local", "kubernetes"]
+    on: Literal["slurm", "local", "kubernetes", "skypilot"]
     shape: Shape
     time: str = "24:00:00"
     account: str = ""
@@ -50,10 +61,18 @@ class Target:
     checkout: Path
     """The repository's folder, on that side."""
     image: str = ""
-    """On Kubernetes: the container image; its working directory is the repository's folder."""
+    """On Kubernetes: the container image. Its working directory is the repository's folder, but for SkyPilot."""
+    gpu: str = ""
+    """For SkyPilot: which GPU, by its name for it."""
     namespace: str = "default"
+    """For Kubeflow."""
     volume: str = ""
     """On Kubernetes: CLAIM:PATH, the persistent volume claim that runs are written to, and where ranks see it."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether NeMo-Run itself follows the job to its end."""
+        return self.on in ("local", "kubernetes")
 
 
 def sbatch_text(job: Job, target: Target) -> str:
@@ -66,15 +85,17 @@ def sbatch_text(job: Job, target: Target) -> str:
 
 
 def manifest(job: Job, target: Target) -> str:
-    """The TrainJob that would be created, as JSON. Nothing is left on disk."""
-    with tempfile.TemporaryDirectory() as home, _home(home), _experiment(job, target) as experiment:
+    """The TrainJob that would be created, or SkyPilot's task, as JSON. Nothing is left on disk."""
+    with tempfile.TemporaryDirectory() as home, _home(home) as real, _experiment(job, target) as experiment:
         experiment.dryrun(log=False)
         request = experiment.jobs[0]._dryrun_info.request
+        if target.on == "skypilot":
+            return json.dumps(request.task.to_yaml_config(), indent=2).replace(home, real)
         return json.dumps(request.executor.get_job_body(_name(job), request.cmd), indent=2)
 
 
 def launch(job: Job, target: Target, *, wait: bool) -> str:
-    """Start the job; returns what to call it. With `wait`, and always but on Slurm, follow it to its end.
+    """Start the job; returns what to call it. Follow it to its end if NeMo-Run does, or with `wait`, on Slurm.
 
     Raises:
         OctoError: it failed. NeMo-Run itself would exit with 0.
@@ -83,13 +104,16 @@ def launch(job: Job, target: Target, *, wait: bool) -> str:
         if target.on == "local":  # its session is its own: it would outlive this process
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, lambda *_: experiment.cancel(_name(job)))
-        experiment.run(detach=target.on == "slurm", tail_logs=target.on != "slurm")
-    if target.on != "slurm":
+        experiment.run(detach=not target.follows, tail_logs=target.follows)
+    if target.follows:
         states = {name: str(each["status"]) for name, each in experiment.status(return_dict=True).items()}
         if failed := {name: state for name, state in states.items() if "SUCCEEDED" not in state}:
             raise OctoError(f"not all jobs succeeded: {failed}", fix="the output above says why")
         return ", ".join(states)
     name = experiment.jobs[0].handle.rpartition("/")[2]
+    if target.on == "skypilot":
+        _, cluster, _, number = name.split("___")
+        return f"job {number} of cluster {cluster}: sky logs {cluster} {number}"
     if wait:
         _follow(name, experiment.jobs[0].executor.tunnel, target.checkout)
     return f"job {name}"
@@ -103,9 +127,10 @@ def _experiment(job: Job, target: Target) -> Iterator[Any]:
     if target.on == "slurm":
         task, executor = nemo_run.Script(inline=":"), _slurm(job, target)  # the script is never reached
     elif target.on == "kubernetes":
-        argv = ["-m", "megatron_octo", *job.argv]
-        task = nemo_run.Script(path="megatron_octo.launch.ranks", m=True, entrypoint="python", args=argv)
-        executor = _kubernetes(target)
+        task, executor = _torchrun("-m", "megatron_octo", *job.argv), _kubernetes(target)
+    elif target.on == "skypilot":
+        words = map(shlex.quote, job.argv)  # its shell reads them
+        task, executor = _torchrun(*SKYPILOT_MEETING, "-m", "megatron_octo", *words), _skypilot(target)
     else:
         ranks = ["--ranks", str(target.shape.ranks)] if job.argv[0] == "train" else []
         command = shlex.join([sys.executable, "-m", "megatron_octo", *job.argv, *ranks])
@@ -113,6 +138,13 @@ def _experiment(job: Job, target: Target) -> Iterator[Any]:
     with contextlib.redirect_stdout(sys.stderr), nemo_run.Experiment(_name(job)) as experiment:
         experiment.add(task, executor=executor, name=_name(job))
         yield experiment
+
+
+def _torchrun(*args: str) -> Any:
+    """Ranks of a node."""
+    import nemo_run
+
+    return nemo_run.Script(path="megatron_octo.launch.ranks", m=True, entrypoint="python", args=list(args))
 
 
 def _slurm(job: Job, target: Target) -> Any:
@@ -171,6 +203,39 @@ def _kubernetes(target: Target) -> Any:
         )
     except ConfigException as error:
         raise OctoError(f"no Kubernetes to submit to: {error}", fix="let KUBECONFIG name the cluster's file") from error
+
+
+def _skypilot(target: Target) -> Any:
+    """A cluster of SkyPilot's on Kubernetes, which it takes down itself; the code is this repository's last commit.
+
+    Raises:
+        OctoError: SkyPilot is missing.
+    """
+    import nemo_run
+
+    try:
+        import sky  # noqa: F401
+    except ImportError as error:
+        raise OctoError(
+            f"SkyPilot cannot be imported: {error}",
+            fix="pip install 'nemo-run[skypilot]==0.11.1' 'leptonai<0.28', in an environment of its own",
+        ) from error
+    claim, _, path = target.volume.partition(":")
+    pod = {
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}],
+        "containers": [{"volumeMounts": [{"name": "runs", "mountPath": path}]}],
+    }
+    return nemo_run.SkypilotExecutor(
+        infra="k8s",
+        gpus=target.gpu,
+        gpus_per_node=target.shape.gpus_per_node,
+        num_nodes=target.shape.nodes,
+        container_image=f"docker:{target.image}",
+        cluster_config_overrides={"kubernetes": {"pod_config": {"spec": pod}}},
+        env_vars={"OCTO_RUNS": f"{path}/runs"},
+        autodown=True,
+        idle_minutes_to_autostop=IDLE_MINUTES,
+    )
 
 
 def _payload(job: Job, target: Target) -> str:

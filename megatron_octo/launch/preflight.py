@@ -1,4 +1,4 @@
-"""Is this node fit for a job: GPUs, their errors and memory, shared memory, disk, clock. A line a node, no torch."""
+"""Is this node fit for a job: GPUs, their errors and memory, shared memory, disk. A line a node, no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,6 @@ SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_BYTES = 1 << 30  # NCCL's and the data loader's
 LEAST_DISK_BYTES = 2 << 30
 MOST_GPU_MIB_IN_USE = 1024  # of a GPU nobody else should be on
-MOST_CLOCK_S = 30.0  # srun's start included
 QUERY = ("index", "memory.used", "ecc.errors.uncorrected.volatile.total")
 NVIDIA_SMI_TIMEOUT_S = 120  # a GPU that fell off the bus lets it hang
 COMMAND_TIMEOUT_S = 900
@@ -27,13 +25,12 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
 
-def faults(*, num_gpus: int, runs: Path, clock_s: float | None = None, command: str = "") -> list[str]:
+def faults(*, num_gpus: int, runs: Path, command: str = "") -> list[str]:
     """What is wrong with this node, empty if nothing is.
 
     Args:
         num_gpus: how many it must have; 0 asks nothing of them.
         runs: the folder that runs are written to.
-        clock_s: the time on the first node just now; None does not compare.
         command: a check of the site's own; the node is bad if it fails.
     """
     found = [*_gpu_faults(num_gpus)] if num_gpus else []
@@ -48,8 +45,6 @@ def faults(*, num_gpus: int, runs: Path, clock_s: float | None = None, command: 
             found.append(f"{free / 2**30:.1f} GiB left on the disk of {runs}")
     except OSError as error:
         found.append(f"{runs} cannot be written: {error.strerror}")
-    if clock_s is not None and abs(time.time() - clock_s) > MOST_CLOCK_S:
-        found.append(f"its clock is {time.time() - clock_s:+.0f} s off the first node's")
     if command and (failed := _failure(command)):
         found.append(failed)
     return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TextIO
 
 from megatron_octo import console, rundir
@@ -23,7 +25,15 @@ class Follower:
     """What a run has reported so far, earlier attempts included."""
 
     def __init__(
-        self, config: RLConfig, rows: list[collect.Row], file: TextIO, board: Board, *, time_before_s: float, cuda: bool
+        self,
+        config: RLConfig,
+        rows: list[collect.Row],
+        file: TextIO,
+        board: Board,
+        *,
+        done: int,
+        time_before_s: float,
+        cuda: bool,
     ) -> None:
         self.rows = rows
         self.recent: list[str] = []
@@ -31,6 +41,7 @@ class Follower:
         self._config, self._file, self._board, self._cuda = config, file, board, cuda
         self._roll_backs = len(roll_backs(config.output))
         self._time_before_s, self._began = time_before_s, time.monotonic()
+        self._done, self._job_ends_s = done, float(os.environ.get("SLURM_JOB_END_TIME") or "inf")
 
     def line(self, text: str) -> None:
         """Take one line.
@@ -63,6 +74,9 @@ class Follower:
         saves.take(self._config, self.rows)
 
     def _judge(self, row: collect.Row) -> None:
+        if late := late_save(self._config, self.rows, done=self._done, left_s=self._job_ends_s - time.time()):
+            log.warning("%s", late)
+            self._job_ends_s = float("inf")  # said once
         if row.get("rl/reward_error_share", 0.0) > 0:
             log.warning("step %d: %.1f%% of the rewards failed", row["step"], 100 * row["rl/reward_error_share"])
         finding = watch.judge(self._config.watch, self.rows, roll_backs=self._roll_backs, cuda=self._cuda)
@@ -86,9 +100,26 @@ def following(config: RLConfig, done: int, *, cuda: bool) -> Iterator[Follower]:
     board = Board(output / TENSORBOARD, done=done)
     try:
         with (output / LOG).open("a") as file:
-            yield Follower(config, rows, file, board, time_before_s=time_before_s, cuda=cuda)
+            yield Follower(config, rows, file, board, done=done, time_before_s=time_before_s, cuda=cuda)
     finally:
         board.close()
+
+
+def late_save(config: RLConfig, rows: Sequence[collect.Row], *, done: int, left_s: float) -> str:
+    """Why a start that went on after `done` steps will not save within `left_s` seconds; empty if it has or will.
+
+    The first step of a start says little: it is the slowest.
+    """
+    step, every = int(rows[-1]["step"]), config.save_every_steps
+    save = min((done // every + 1) * every, config.num_steps)
+    seconds = [row["rl/step_s"] for row in rows if row["step"] > done + 1 and "rl/step_s" in row]
+    if step >= save or not seconds or (needed_s := fmean(seconds) * (save - step)) <= left_s:
+        return ""
+    return (
+        f"the first save of this start, of step {save}, is {console.duration(needed_s)} away, and this job's time is "
+        f"up in {console.duration(max(left_s, 0))}: what it does until then will be lost\n"
+        f"  fix: a save_every_steps below {every}, which a rerun may change, or a longer time limit"
+    )
 
 
 def roll_backs(output: Path) -> Sequence[dict[str, Any]]:

@@ -24,7 +24,7 @@ from megatron_octo.rl.follow import LOG, ROLL_BACKS, Follower, following, roll_b
 from megatron_octo.rl.preflight import check, has_gpu
 
 HF = "hf"
-MAY_DIFFER = ("watch", "keep_last_saves")
+MAY_DIFFER = ("watch", "save_every_steps", "keep_last_saves")
 """Settings that a rerun may change."""
 
 log = console.logger(__name__)

@@ -5,7 +5,7 @@
 #   plan     the `octo` command, checked against the allocation before anything runs
 #   preflight  a check of each node; a bad one is left out and the job requeued
 #   ranks    one a GPU for training, one a node for RL on several, else one task; they meet at the first node
-#   end      done, stopped, failed, or requeued: never again for bad input, nor after OCTO_TRIES crashes without a save;
+#   end      done, stopped, failed, or requeued: never again for bad input, nor after OCTO_TRIES starts without a save;
 #            where Slurm may not requeue (OCTO_REQUEUE=resubmit), as a new job
 #
 # Exit codes are looked at one by one: `set -e` does not go with traps and `wait`.
@@ -18,6 +18,7 @@ CHAIN="${OCTO_CHAIN-} $SLURM_JOB_ID" # this job, after those that it goes on fro
 TOLD='told to end; if Slurm took the nodes away it queues the job again'
 SIGNAL=''      # the last one that asked this job to end
 PASSED_ON=TERM # what its tasks are told then
+MOST_CLOCK_S=30 # that a node may be off the first one
 
 say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID.$RESTART: $*" >&2; }
 
@@ -95,25 +96,32 @@ make_plan() { # NAME [ARGUMENTS]
 }
 
 check_nodes() {
-    local bad
+    local bad before said
+    before=$(date +%s)
     "${SRUN[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --time=20 \
         --output="$LOGS/preflight.txt" "${OCTO[@]}" slurm preflight --gpus "$GPUS" \
-        --clock "$(date +%s.%N)" --command "$OCTO_PREFLIGHT"
+        --command "$OCTO_PREFLIGHT"
     give_way
+    # each said its time, which is between this node's before and after, however long it took to start
+    said=$(awk -v before="$before" -v after="$(date +%s)" -v most="$MOST_CLOCK_S" '
+        $2 == "ok" { off = $3 < before ? $3 - before : $3 > after ? $3 - after : 0 }
+        $2 == "ok" && off * off > most * most { $0 = $1 " bad: its clock is " off " s off that of the first node" }
+        { print }' "$LOGS/preflight.txt")
     # a node that said nothing is bad too
-    bad=$(comm -23 <(sort "$LOGS/hosts") <(sed -n 's/ ok$//p' "$LOGS/preflight.txt" | sort) | paste -sd,)
+    bad=$(comm -23 <(sort "$LOGS/hosts") <(sed -n 's/ ok .*//p' <<<"$said" | sort) | paste -sd,)
     [[ $bad ]] || return 0
     if [[ $bad == "$(sort "$LOGS/hosts" | paste -sd,)" ]]; then
-        finish failed 1 "no node passed the preflight: $(grep -m1 ' bad: ' "$LOGS/preflight.txt")"
+        finish failed 1 "no node passed the preflight: $(grep -m1 ' bad: ' <<<"$said")"
     fi
-    say "$(grep ' bad: ' "$LOGS/preflight.txt")"
+    say "$(grep ' bad: ' <<<"$said")"
     requeue "without $bad, which failed the preflight" "$bad"
 }
 
 run_ranks() {
     local tasks=(--nodes=1 --ntasks=1) part=() srun
     MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-    export MASTER_ADDR MASTER_PORT
+    SLURM_JOB_END_TIME=$(date -d "$(field EndTime)" +%s 2>/dev/null) # newer Slurms set it; empty without a time limit
+    export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
     if [[ ${ARGV[0]} == rl ]] && ((${#HOSTS[@]} > 1)); then # one Ray of all nodes
         tasks=(--ntasks="${#HOSTS[@]}" --ntasks-per-node=1)
         part=(slurm node --gpus "$GPUS" --token "$LOGS/ray_token" --)
@@ -145,16 +153,21 @@ end_job() {
         grep -q "found .*/STOP:" "$LOGS/ranks.txt" && finish stopped 0 "by a STOP file; the same command goes on"
         requeue "saved in time" # a preemption signals the ranks alone
     fi
+    if [[ $SIGNAL == USR1 && ${ARGV[0]} == rl ]]; then # it saves when it is due, not when it is asked to end
+        crashed "$CODE" "asked to end, and its last save is of step $(last_save)" \
+            "let it save more often (--save-every-steps), or give the job more time (sbatch --time)"
+    fi
     crashed "$CODE" "exit code $CODE: $(reason "$LOGS/ranks.txt")"
 }
 
-crashed() { # EXIT_CODE REASON
+crashed() { # EXIT_CODE REASON [FIX]
     local job
     (($1 == 2)) && finish failed 2 "$2" # bad input
     last_save >"$LOGS/crashed_after"
     if (($(for job in $CHAIN; do cat "$OCTO_RUNS/slurm/$job".*/crashed_after 2>/dev/null; done |
         grep -cx "$(last_save)") >= ${OCTO_TRIES:-3})); then
-        finish failed "$1" "${OCTO_TRIES:-3} crashes without a save in between; $2"
+        finish failed "$1" "${OCTO_TRIES:-3} starts ended without a save in between; $2${3:+
+  fix: $3}"
     fi
     requeue "$2"
 }

@@ -42,7 +42,11 @@ def small(stage: MidTrainConfig) -> MidTrainConfig:
 @pytest.fixture
 def config(runs: Path) -> PipelineConfig:
     """The control of the miniature, which has no RL, made small."""
-    road = load_recipe(str(REPOSITORY / "recipes/miniature.py:shuffled_answers"), PipelineConfig)
+    return small_road(load_recipe(str(REPOSITORY / "recipes/miniature.py:shuffled_answers"), PipelineConfig))
+
+
+def small_road(road: PipelineConfig) -> PipelineConfig:
+    """A road of the miniature's up to RL, with little text, few steps and few problems."""
     assert road.corpora is not None
     few = tuple((name, 1500) for name, _ in road.corpora.documents)
     return replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -340,6 +341,28 @@ def test_a_run_that_was_stopped_goes_on_with_another_policy(replaced: Replaced, 
     use(engine)
     run_rl(replace(config, watch=RLWatchConfig(on_stale_weights="log")))
     assert engine.stages == [(2, "16")] and rundir.is_done(config.output)
+
+
+def test_a_first_save_that_a_job_has_no_time_for_is_said_once_and_a_rerun_may_save_more_often(
+    replaced: Replaced, use: Use, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replaced(num_steps=20, save_every_steps=10)
+    seconds = {"timing/step_total": 60.0}
+    lines = [step(1, **{"timing/step_total": 600.0}), *(step(number, **seconds) for number in range(2, 5))]
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 8.5 * 60))
+    use(FakeEngine(lines, failure="killed"))
+    with pytest.raises(OctoError, match="killed"):
+        run_rl(config)
+    assert "will be lost" not in caplog.text
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 5 * 60))
+    with pytest.raises(OctoError, match="killed"):
+        run_rl(config)
+    assert "the first save of this start, of step 10, is 8m00s away, and this job's time is up in" in caplog.text
+    assert caplog.text.count("will be lost") == 1
+    engine = SavingEngine(lambda number, run: step(number, **seconds))
+    use(engine)
+    run_rl(replace(config, save_every_steps=5))
+    assert rundir.is_done(config.output)
 
 
 def test_our_numbers_are_in_tensorboard_and_a_roll_back_purges_them(replaced: Replaced, use: Use) -> None:

@@ -113,22 +113,24 @@ def cluster(folder: Path, *, nodes: int = 8, accounting: bool = False) -> Iterat
             started.enter_context(_database(folder))
             clients("slurmdbd", MYSQL_UNIX_PORT=str(folder / "database" / "sock"))
             started.callback(_end, folder / "slurmdbd.pid")
-            _wait(lambda: "Adding" in clients("sacctmgr", "--immediate", "add", "cluster", "local", check=False))
+            wait_for(lambda: "Adding" in clients("sacctmgr", "--immediate", "add", "cluster", "local", check=False))
         clients("slurmctld", "-c")
         started.callback(_end, folder / "slurmctld.pid")
+        started.callback(_end, *(folder / f"slurmd.{name}.pid" for name in names))
         for name in names:
             clients("slurmd", "-N", name)
-            started.callback(_end, folder / f"slurmd.{name}.pid")
-        _wait(lambda: clients("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() == ["idle"] * nodes)
+        idle = ["idle"] * nodes
+        wait_for(lambda: clients("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() == idle)
         yield clients
         clients("scancel", "--user", "root", check=False)
-        _wait(lambda: not clients("squeue", "-h", check=False))
+        wait_for(lambda: not clients("squeue", "-h", check=False))
 
 
-def _wait(until: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not until():
-        assert time.monotonic() < end
+def wait_for(what: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
+    """Wait until `what` holds."""
+    end = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < end, f"not after {timeout_s} s"
         time.sleep(0.1)
 
 
@@ -155,7 +157,7 @@ def _database(folder: Path) -> Iterator[None]:
     serve = ["mariadbd", *options, "--skip-networking", f"--socket={socket_file}", f"--pid-file={data}/pid"]
     with log.open("w") as output, subprocess.Popen(serve, stdout=output, stderr=output) as database:
         try:
-            _wait(socket_file.exists)
+            wait_for(socket_file.exists)
             yield
         finally:
             database.terminate()
@@ -247,11 +249,12 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
         (folder / "spool" / name).mkdir(parents=True)
 
 
-def _end(file: Path) -> None:
-    """End the daemon whose process id is in `file`, and wait for it."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-        pid = int(file.read_text())
-        os.kill(pid, signal.SIGTERM)
-        end = time.monotonic() + WAIT_S
-        while Path("/proc", str(pid)).exists() and time.monotonic() < end:
-            time.sleep(0.05)
+def _end(*files: Path) -> None:
+    """End the daemons whose process ids are in `files`, and wait for them."""
+    processes = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+            pid = int(file.read_text())
+            os.kill(pid, signal.SIGTERM)
+            processes.append(Path("/proc", str(pid)))
+    wait_for(lambda: not any(each.exists() for each in processes))

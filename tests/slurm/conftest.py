@@ -27,6 +27,12 @@ def slurm() -> Iterator[Cluster]:
     yield from _slurm(nodes=8, accounting=False)
 
 
+@pytest.fixture
+def wide_slurm() -> Iterator[Cluster]:
+    """Sixty-four such nodes, 512 GPUs."""
+    yield from _slurm(nodes=64, accounting=False)
+
+
 @pytest.fixture(scope="session")
 def accounted_slurm() -> Iterator[Cluster]:
     """Two such nodes of a Slurm that keeps account of its jobs."""

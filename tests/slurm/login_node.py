@@ -7,15 +7,13 @@ import getpass
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tests.slurm.cluster import free_ports
+from tests.slurm.cluster import free_ports, wait_for
 
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync")
 PRIVILEGE_SEPARATION = Path("/run/sshd")
-WAIT_S = 60.0
 
 
 def missing() -> str:
@@ -61,16 +59,14 @@ SetEnv {" ".join(f"{name}={value}" for name, value in environment.items())}
     command = [shutil.which("sshd") or "", "-D", "-e", "-f", ssh / "sshd_config"]  # it insists on its whole path
     with (ssh / "log").open("w") as log, subprocess.Popen(command, stderr=log) as sshd:
         try:
-            _wait_for(port)
+            wait_for(lambda: listens(port))
             yield {"HOME": str(folder / "home"), "PATH": f"{bin_folder}:/usr/sbin:/usr/bin:/bin"}
         finally:
             sshd.terminate()
 
 
-def _wait_for(port: int) -> None:
-    end = time.monotonic() + WAIT_S
-    while True:
-        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-            return
-        assert time.monotonic() < end
-        time.sleep(0.1)
+def listens(port: int) -> bool:
+    """Whether somebody listens on a port of this machine."""
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False

@@ -1,26 +1,42 @@
 """Stands for the interpreter in a job whose work is not the matter: tasks only say where they are.
 
 Plans and preflights are the product's, but for the inputs, which need not be there. STUB_EXIT is the tasks' exit code,
-STUB_PLAN_S how long a plan takes.
+STUB_PLAN_S how long a plan takes; STUB_SLOW names a node whose preflight takes 3 s to start, STUB_LATE one whose clock
+is an hour late. With STUB_WAITS tasks wait for SIGTERM, and end as `octo` does then. Run by `python -S`: of hundreds of
+ranks one needs a package.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import site
 import sys
 import time
 
 _, _, _, *argv = sys.argv  # stub.py -m megatron_octo ARGV
 if argv[0] == "slurm":
+    site.main()
     from megatron_octo.cli import app, slurm
 
     slurm._check_inputs = lambda *_: time.sleep(float(os.environ.get("STUB_PLAN_S", "0")))
+    node, clock = os.environ.get("SLURMD_NODENAME"), time.time
+    if argv[1] == "preflight" and node == os.environ.get("STUB_SLOW"):
+        time.sleep(3)
+    if argv[1] == "preflight" and node == os.environ.get("STUB_LATE"):
+        time.time = lambda: clock() - 3600
     sys.exit(app.main(argv))
 
 names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURMD_NODENAME", "MASTER_ADDR", "MASTER_PORT")
-print(json.dumps([argv, *(os.environ.get(name) for name in (*names, "CUDA_VISIBLE_DEVICES"))]), flush=True)
+names += ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_END_TIME")
+if "STUB_WAITS" in os.environ:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+print(json.dumps([argv, *map(os.environ.get, names)]), flush=True)
+if "STUB_WAITS" in os.environ:
+    signal.pause()
 if (code := int(os.environ.get("STUB_EXIT", "0"))) == 0 and os.environ["SLURM_PROCID"] == "0":
+    site.main()
     from megatron_octo import rundir
     from megatron_octo.launch.slurm import job
 

@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
@@ -26,7 +24,7 @@ from megatron_octo.train.state import saved_steps
 from tests.conftest import REPOSITORY, snapshot
 from tests.prepared import stage, write_data
 from tests.slurm import login_node
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.test_scripts import forget_jobs, stubbed
 
 pytestmark = [
@@ -35,6 +33,8 @@ pytestmark = [
 ]
 __all__ = ["stubbed"]
 RECIPE = "recipes/llama32_3b.py:stable_200b"
+START_S = 300.0
+"""A training here takes no longer to start, or to save and end."""
 GOLDEN = REPOSITORY / "tests" / "golden" / "launch_slurm.json"
 
 
@@ -68,6 +68,7 @@ KUBERNETES = (RECIPE, "--on", "kubernetes", "--image", "registry/octo:1", "--vol
 
 def test_a_dry_run_shows_the_train_job_of_kubernetes_and_touches_nothing(checkout: Path):
     pytest.importorskip("kubernetes", reason="the Kubernetes client is not installed")
+    (checkout / "home").mkdir()  # SkyPilot, where it is installed, keeps an id there
     config = checkout / "kubeconfig"
     contexts = {"contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}], "current-context": "c"}
     cluster = {
@@ -94,6 +95,45 @@ def test_a_dry_run_shows_the_train_job_of_kubernetes_and_touches_nothing(checkou
     assert sorted(checkout.iterdir()) == before
 
 
+SKYPILOT = (RECIPE, "--on", "skypilot", *KUBERNETES[3:], "--gpu", "H100")
+
+
+def test_a_dry_run_shows_the_task_of_skypilot_and_touches_nothing(checkout: Path):
+    pytest.importorskip("sky", reason="SkyPilot is not installed")
+    (checkout / "home").mkdir()  # it keeps an id there
+    before = sorted(checkout.iterdir())
+    overrides = ["--save.every-steps", "7"]
+    done = launch(checkout, *SKYPILOT, "--nodes", "4", *overrides, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["num_nodes"] == 4
+    assert shown["resources"]["infra"] == "kubernetes"
+    assert shown["resources"]["accelerators"] == {"H100": 8}
+    assert list(shown["resources"]["image_id"].values()) == ["docker:registry/octo:1"]
+    assert shown["envs"] == {"OCTO_RUNS": "/shared/runs"}
+    pod = shown["resources"]["_cluster_config_overrides"]["kubernetes"]["pod_config"]["spec"]
+    assert pod["volumes"] == [{"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}}]
+    assert pod["containers"] == [{"volumeMounts": [{"name": "runs", "mountPath": "/shared"}]}]
+    assert sorted(checkout.iterdir()) == before
+    skypilots = {
+        "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+    }
+    says = 'conda() { :; }; cd() { :; }; python() { printf "%s " "$@"; }\n'
+    ran = subprocess.run(["bash", "-c", says + shown["run"]], env=skypilots, capture_output=True, text=True, check=True)
+    ranks = "--nnodes=2 --node-rank=1 --nproc-per-node=8 --master-addr=10.0.0.7 --master-port=29500"
+    command = f"-m megatron_octo.launch.ranks {ranks} -m megatron_octo train {RECIPE} {' '.join(overrides)} "
+    assert ran.stdout.splitlines()[-1] == command
+
+
+@pytest.mark.skipif(find_spec("sky") is not None, reason="SkyPilot is installed")
+def test_without_skypilot_the_command_that_installs_it_is_named(checkout: Path):
+    done = launch(checkout, *SKYPILOT, "--dry-run")
+    assert done.returncode == 1
+    assert "fix: pip install 'nemo-run[skypilot]==0.11.1'" in done.stderr
+
+
 @pytest.mark.skipif(find_spec("kubernetes") is not None, reason="the Kubernetes client is installed")
 def test_without_the_kubernetes_client_the_command_that_installs_it_is_named(checkout: Path):
     done = launch(checkout, *KUBERNETES, "--dry-run")
@@ -107,9 +147,13 @@ def test_without_the_kubernetes_client_the_command_that_installs_it_is_named(che
         (KUBERNETES[:5], "--volume CLAIM:/PATH"),
         ((*KUBERNETES[:-1], "runs"), "--volume CLAIM:/PATH"),
         (("recipes/rl_zero.py:llama32_3b_long", *KUBERNETES[1:]), "runs training only"),
+        (("recipes/rl_zero.py:llama32_3b_long", *SKYPILOT[1:]), "runs training only"),
+        (SKYPILOT[:-4], "--volume CLAIM:/PATH"),
+        (SKYPILOT[:-2], "--gpu H100"),
+        ((*SKYPILOT, "--wait"), "leave --wait out"),
     ],
 )
-def test_what_a_train_job_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], why: str):
+def test_what_kubernetes_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], why: str):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(BadInput, match=why):
         main([*words, "--dry-run"])
@@ -214,18 +258,12 @@ def test_a_training_that_was_launched_here_saves_and_ends_with_the_launch(tmp_pa
     environment = {**os.environ, "HOME": str(tmp_path), "OCTO_RUNS": str(tmp_path)}
     argv = [sys.executable, "-m", "megatron_octo", "launch", str(tmp_path / "stage.json"), "--on", "local"]
     with subprocess.Popen(argv, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL) as launched:
-        wait_for((run / "metrics.jsonl").exists)
+        wait_for((run / "metrics.jsonl").exists, START_S)
         launched.terminate()
     assert launched.returncode == 1
-    wait_for(lambda: not rundir.in_use(run))
+    wait_for(lambda: not rundir.in_use(run), START_S)
     assert saved_steps(run)
     assert not rundir.is_done(run)
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    """Wait until `what` holds; the test's own limit ends it."""
-    while not what():
-        time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ SECRET = "do-not-print-me"
 def stubbed(checkout: Path) -> Path:
     """The checkout with tasks that only say where they are."""
     stub = checkout / "bin" / "stub"
-    stub.write_text(f'#!/bin/bash\nexec {sys.executable} {REPOSITORY}/tests/slurm/stub.py "$@"\n')
+    stub.write_text(f'#!/bin/bash\nexec {sys.executable} -S {REPOSITORY}/tests/slurm/stub.py "$@"\n')
     stub.chmod(0o755)
     site = checkout / "slurm" / "site.sh"
     site.write_text(f"{site.read_text()}OCTO_PYTHON={stub}\nexport PYTHONPATH={REPOSITORY}\n")
@@ -48,6 +49,16 @@ def output(checkout: Path, job: str) -> str:
     return next((checkout / "slurm" / "logs").glob(f"*-{job}.out")).read_text()
 
 
+def assert_a_rank_a_gpu(said: list[list], job: str, *, num_nodes: int) -> None:
+    """Tasks of a training's job are its ranks, eight a node in order, which meet at the first node."""
+    size = 8 * num_nodes
+    assert sorted(int(rank) for _, rank, *_ in said) == list(range(size))
+    for _, rank, *where, _ in said:
+        node, local = divmod(int(rank), 8)
+        meet = ["node1", str(20000 + int(job)), "0,1,2,3,4,5,6,7"]
+        assert where == [str(size), str(local), f"node{node + 1}", *meet]
+
+
 def test_shellcheck_finds_nothing():
     scripts = [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*/*.sh")]
     assert len(scripts) > 8
@@ -60,11 +71,7 @@ def test_training_starts_unchanged_with_a_rank_a_gpu(slurm: Cluster, stubbed: Pa
     job = submit(slurm, stubbed, f"slurm/{words[0]}", *words[1:], HF_TOKEN=SECRET, WANDB_API_KEY=SECRET)
     assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
     said = tasks(stubbed, f"{job}.0")
-    assert len(said) == 64
-    assert {int(rank) for _, rank, *_ in said} == set(range(64))
-    for _, rank, size, local, node, address, port, gpus in said:
-        assert (int(size), int(local), node) == (64, int(rank) % 8, f"node{int(rank) // 8 + 1}")
-        assert (address, port, gpus) == ("node1", str(20000 + int(job)), "0,1,2,3,4,5,6,7")
+    assert_a_rank_a_gpu(said, job, num_nodes=8)
     text = output(stubbed, job)
     assert "nodes   8 x 8 GPUs = 64 ranks" in text
     assert "batch   512 sequences = data 64 x micro-batches 8 x sequences 1" in text
@@ -78,6 +85,18 @@ def test_training_starts_unchanged_with_a_rank_a_gpu(slurm: Cluster, stubbed: Pa
     assert (records / "state").read_text().startswith("done ")
     for path in (*records.iterdir(), *(stubbed / "slurm" / "logs").iterdir()):
         assert SECRET not in path.read_text(), path
+
+
+def test_training_on_64_nodes_starts_unchanged(wide_slurm: Cluster, stubbed: Path):
+    job = submit(wide_slurm, stubbed, "--nodes=64", "slurm/stable_200b.sh")
+    assert wide_slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+    assert wide_slurm.field(job, "Restarts") == "0", output(stubbed, job)
+    assert_a_rank_a_gpu(tasks(stubbed, f"{job}.0"), job, num_nodes=64)
+    text = output(stubbed, job)
+    assert "nodes   64 x 8 GPUs = 512 ranks" in text
+    assert "batch   512 sequences = data 512 x micro-batches 1 x sequences 1" in text
+    hosts = (stubbed / "runs" / "slurm" / f"{job}.0" / "hosts").read_text().split()
+    assert hosts == [f"node{n}" for n in range(1, 65)]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +127,7 @@ def test_model_branch_nodes_and_overrides_come_from_the_command_line(slurm, stub
 
 @pytest.mark.parametrize(
     ("code", "restarts", "why"),
-    [("1", "2", "3 crashes without a save in between"), ("2", "0", "failed: exit code 2")],
+    [("1", "2", "3 starts ended without a save in between"), ("2", "0", "failed: exit code 2")],
 )
 def test_crashes_without_a_save_end_a_job_and_so_does_bad_input_that_ranks_find(slurm, stubbed, code, restarts, why):
     job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_EXIT=code)
@@ -155,7 +174,26 @@ def test_crashes_are_counted_over_jobs_that_go_on_from_each_other(slurm, resubmi
     while slurm.wait_end(jobs[-1]) == "COMPLETED":
         jobs.append(successor(resubmitting, jobs[-1]))
     assert len(jobs) == 3
-    assert "3 crashes without a save in between" in output(resubmitting, jobs[-1])
+    assert "3 starts ended without a save in between" in output(resubmitting, jobs[-1])
+
+
+def test_rl_that_is_told_of_its_time_limit_before_each_save_fails_and_says_what_to_set(slurm, stubbed):
+    job = submit(slurm, stubbed, "--time=2:00:00", "slurm/rl.sh", "long", STUB_WAITS="1")
+    for restart in range(3):
+        ranks = stubbed / "runs" / "slurm" / f"{job}.{restart}" / "ranks.txt"
+        slurm.wait(job, lambda ranks=ranks: ranks.exists() and "rl_zero.py" in ranks.read_text())
+        slurm("scancel", "--batch", "--signal=USR1", job)
+        slurm.wait(job, lambda ranks=ranks: not (ranks.with_name("state")).read_text().startswith("running"))
+    assert slurm.wait_end(job) == "FAILED"
+    assert slurm.field(job, "Restarts") == "2"
+    said = (
+        "3 starts ended without a save in between; asked to end, and its last save is of step 0\n  fix: .*--save-every"
+    )
+    assert re.search(said, output(stubbed, job)), output(stubbed, job)
+    ((*_, end),) = tasks(stubbed, f"{job}.2")
+    assert datetime.fromtimestamp(int(end)) - datetime.fromisoformat(slurm.field(job, "StartTime")) == timedelta(
+        hours=2
+    )
 
 
 def test_a_job_that_may_not_be_requeued_fails_and_says_what_to_set(slurm, stubbed):
@@ -180,6 +218,15 @@ def test_a_node_that_fails_the_preflight_is_left_out(slurm, stubbed):
     assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
     assert slurm.field(job, "Restarts") == "1"
     assert "node1 bad: GPU 0: 3 uncorrected memory errors" in output(stubbed, job)
+    assert {node for _, _, _, _, node, *_ in tasks(stubbed, f"{job}.1")} == {"node2", "node3"}
+
+
+def test_a_clock_that_is_off_is_told_from_a_slow_start(slurm, stubbed):
+    site = stubbed / "slurm" / "site.sh"
+    site.write_text(f"{site.read_text()}MOST_CLOCK_S=1\n")
+    job = submit(slurm, stubbed, "--nodes=2", "slurm/stable_200b.sh", STUB_LATE="node1", STUB_SLOW="node2")
+    assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+    assert re.search(r"node1 bad: its clock is -3\d{3} s off that of the first node", output(stubbed, job))
     assert {node for _, _, _, _, node, *_ in tasks(stubbed, f"{job}.1")} == {"node2", "node3"}
 
 
