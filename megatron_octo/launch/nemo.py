@@ -246,7 +246,7 @@ def _payload(job: Job, target: Target) -> str:
         (
             "set +evx  # a trace would print what is secret",
             f"export OCTO_HOME={shlex.quote(str(target.checkout))}",
-            'source "$OCTO_HOME/slurm/lib/job.sh"',
+            'source "$OCTO_HOME/slurm/lib/job.sh" || exit 2',
             f"run_job {script} --recipe {shlex.join([recipe, *overrides])}",
         )
     )

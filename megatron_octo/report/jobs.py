@@ -27,7 +27,7 @@ class JobStatus:
     """How often it had been started before."""
     state: str
     """pending, running, requeued, resubmitted (it goes on as another job), done, stopped or failed; lost: Slurm has no
-    such job, and it did not say its end."""
+    such job, and it did not say its end: someone cancelled it, say."""
     reason: str
 
     def describe(self) -> str:
@@ -53,10 +53,13 @@ def last_jobs() -> dict[Path, JobStatus]:
 
 
 def _started(job: int, restart: int, queue: Mapping[int, tuple[str, str, str]] | None) -> JobStatus:
-    words = (rundir.runs_root() / "slurm" / f"{job}.{restart}" / "state").read_text()
+    file = rundir.runs_root() / "slurm" / f"{job}.{restart}" / "state"
+    words = file.read_text() if file.exists() else "unknown"
     state, _, reason = words.strip().partition(" ")
-    if state not in OVER and queue is not None:
-        state = queue[job][0] if job in queue else "lost" if state == "running" else state
+    if queue is not None:
+        now = queue[job][0] if job in queue else "lost"
+        if state not in OVER or now == "pending":  # what was over someone has requeued
+            state = now
     return JobStatus(job=job, restart=restart, state=state, reason=reason)
 
 
