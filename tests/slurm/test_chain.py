@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -157,6 +158,10 @@ def test_a_training_that_is_stopped_in_every_way_ends_as_an_unbroken_one(
         assert not rundir.is_done(chain.run), "it was done before all events had happened"
         event(chain)
         chain.wait(lambda restarts=restarts: chain.restarts > restarts)
+        if event is Chain.time_limit:
+            said = (checkout / "runs" / "slurm" / f"{chain.job}.{restarts}" / "state").read_text()
+            (step,) = re.findall("^requeued asked to end, and its last save is of step (\\d+)$", said)
+            assert int(step) > saved
         slurm("scontrol", "update", f"JobId={chain.job}", "TimeLimit=1:00:00", check=False)
         happened += 1
     assert happened == num_events

@@ -307,6 +307,8 @@ def test_a_pipeline_is_jobs_that_wait_for_what_they_read(slurm, stubbed):
     lines = [line for line in said if line.startswith("job ")]
     jobs = {name: job for job, name, *_ in (line.removeprefix("job ").split("  ") for line in lines)}
     assert len(jobs) == 19
+    again = slurm(stubbed / "slurm" / "pipeline.sh", *words, cwd=stubbed, check=False)
+    assert "Slurm has jobs of these runs: " in again
     assert slurm.wait_end(jobs["report"], 600) == "COMPLETED"
     assert slurm.field(jobs["train miniature-stable"], "Comment") == str(stubbed / "runs" / "miniature-stable")
     begun = {name: slurm.field(job, "StartTime") for name, job in jobs.items()}
@@ -395,6 +397,11 @@ def test_submit_checks_and_submits(slurm, stubbed):
 @pytest.mark.parametrize(
     ("words", "environment", "message"),
     [
+        (
+            "slurm/pipeline.sh recipes/miniature.py:pipeline --num-steps 5",
+            {},
+            "after the recipe .*--num-steps 5.*fix: ",
+        ),
         ("--nodes=3 slurm/stable_200b.sh", {}, "does not divide by 24 data-parallel ranks.*fix: .*--nodes=4"),
         ("slurm/decay_20b.sh lnog", {}, "unknown recipe.*fix: did you mean 'decay_long'"),
         ("slurm/stabel.sh", {}, "no such script: slurm/stabel.sh.*fix: .*slurm/NAME.sh"),
@@ -409,6 +416,22 @@ def test_bad_input_is_refused_before_anything_is_submitted(slurm, checkout, word
     assert re.search(message, done.stderr, re.DOTALL), done.stderr
     assert snapshot(checkout / "slurm") == before
     assert slurm("squeue", "-h", "-t", "all") == jobs
+
+
+def test_where_octo_runs_on_nodes_alone_jobs_are_submitted_unchecked_and_no_pipeline(slurm, checkout):
+    site = checkout / "slurm" / "site.sh"
+    site.write_text(f"{site.read_text()}OCTO_PYTHON=/bin/false\n")
+    done = submit_checked(checkout, "--hold", "slurm/decay_20b.sh", "lnog", **slurm.environment)
+    assert "the recipe is checked when the job starts" in done.stderr
+    (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    slurm("scancel", job)
+    for words, runs, why in (
+        (["slurm/stable_200b.sh"], "/dev/null/x", "log folder /dev/null/x cannot be written"),
+        (["slurm/pipeline.sh"], str(checkout / "runs"), "/bin/false -m megatron_octo does not run on this machine"),
+    ):
+        done = submit_checked(checkout, *words, OCTO_RUNS=runs, **slurm.environment)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.search(f"{why}.*\n  fix: ", done.stderr), done.stderr
 
 
 def test_without_slurm_nothing_is_submitted(checkout):
