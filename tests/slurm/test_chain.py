@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_octo import rundir
@@ -44,11 +43,6 @@ class Chain:
         return max(saved_steps(self.run), default=0)
 
     @property
-    def conf(self) -> str:
-        """What its processes know the Slurm by."""
-        return self.slurm.environment["SLURM_CONF"]
-
-    @property
     def restarts(self) -> int:
         """How often Slurm has started the job again."""
         return int(self.slurm.field(self.job, "Restarts"))
@@ -63,11 +57,7 @@ class Chain:
 
     def processes(self) -> Iterator[tuple[int, list[str], str]]:
         """(id, command line, node) of all that it has started."""
-        for each in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                found, env = (each.pid, each.cmdline()), each.environ()
-                if (env.get("SLURM_JOB_ID"), env.get("SLURM_CONF")) == (self.job, self.conf):
-                    yield *found, env.get("SLURMD_NODENAME", "")
+        return self.slurm.processes(self.job)
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Wait until `until` holds, while Slurm may start the job again."""
