@@ -14,11 +14,22 @@ need_slurm
 
 options=()
 while [[ ${1-} == -* ]]; do options+=("$1") && shift; done
+if (($# > 1)); then
+    echo "words after the recipe $1: ${*:2}
+  fix: slurm/pipeline.sh [SBATCH OPTIONS, as --nodes=16] [RECIPE]; settings go into the recipe" >&2
+    exit 2
+fi
+if ! has_octo; then
+    echo "${OCTO[*]} does not run on this machine, and says which jobs a pipeline has
+  fix: let OCTO_PYTHON, in the site file, name a Python here that has megatron_octo, as slurm/sites/pyxis.sh does on login
+       nodes; or submit the stages one by one, with slurm/submit.sh" >&2
+    exit 2
+fi
 tree=$("${OCTO[@]}" slurm tree -- "${options[@]}" "${1:-recipes/road.py:llama32_3b}")
 
 declare -A id=()
 trap '(($? == 0 || ${#id[@]} == 0)) || scancel "${id[@]}"' EXIT # all jobs, or none
-while IFS=$'\t' read -r name after nodes run script args; do
+while IFS=$'\t' read -r name after asked run script args; do
     words=(--parsable --job-name="${name// /-}" --kill-on-invalid-dep=yes)
     [[ $run == - ]] || words+=(--comment="$run")
     ids=''
@@ -26,7 +37,8 @@ while IFS=$'\t' read -r name after nodes run script args; do
     for each in "${names[@]}"; do [[ $each == - ]] || ids+=":${id[$each]}"; done
     [[ $ids ]] && words+=(--dependency="afterok$ids")
     [[ $script == stable_200b || $script == decay_20b ]] && words+=("${options[@]}")
-    ((nodes)) && words+=("--nodes=$nodes")
+    IFS=' ' read -ra own <<<"$asked"
+    [[ $asked == - ]] || words+=("${own[@]}")
     IFS=$'\t' read -ra arguments <<<"$args"
     id[$name]=$(sbatch "${words[@]}" "slurm/$script.sh" "${arguments[@]}")
     echo "job ${id[$name]}  $name${ids:+  after ${ids#:}}"

@@ -21,10 +21,16 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    own = _parser().parse_args(argv)
+    own = parse(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a conversion wants no GPU, and takes none from others
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's memory in pages of 2 MB: the kernel gives them faster
     own.run(own)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, refused where they make no sense; what they name need not be there yet."""
+    own: argparse.Namespace = _parser().parse_args(argv)
+    return own
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -31,12 +31,17 @@ ABOUT = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command."""
+def parse(argv: Sequence[str]) -> str:
+    """Which of the commands; refused if it is none."""
     lines = "\n".join(f"  {name:<11}{about}" for name, about in ABOUT.items())
     options = parser("data", f"From text to token ids on disk.\n\n{lines}\n\nocto data COMMAND --help says more.")
     options.add_argument("command", choices=ABOUT, metavar=" | ".join(ABOUT))
-    command = options.parse_args(argv[:1]).command
+    command: str = options.parse_args(argv[:1]).command
+    return command
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
     run = {
         "generate": _generate,
         "tokenizer": _tokenizer,
@@ -46,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         "merge": _merge,
         "mix": _mix,
     }
-    run[command](argv[1:])
+    run[parse(argv)](argv[1:])
 
 
 def _generate(argv: Sequence[str]) -> None:

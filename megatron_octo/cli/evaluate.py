@@ -28,17 +28,7 @@ RECIPE_SUFFIXES = (".py", ".json")
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
-    options = _parser()
-    own, overrides = parse_recipe(options, argv, (EvaluateConfig, PipelineConfig))
-    if _is_recipe(own.target[0]):
-        config = _from_recipe(own, overrides)
-    elif overrides == ["--help"]:
-        options.print_help()
-        return
-    elif overrides:
-        options.error(f"unrecognized arguments: {' '.join(overrides)}")
-    else:
-        config = _from_folders(own)
+    own, config = parse(argv)
     if own.dry_run:
         _dry_run(config, overwrite=own.overwrite, as_json=own.json)
         return
@@ -63,6 +53,19 @@ def main(argv: Sequence[str]) -> None:
             for each in scores
         ],
     )
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, EvaluateConfig]:
+    """The options and settings, refused where they make no sense; models and problems need not be there yet."""
+    options = _parser()
+    own, overrides = parse_recipe(options, argv, (EvaluateConfig, PipelineConfig))
+    if _is_recipe(own.target[0]):
+        return own, _from_recipe(own, overrides)
+    if overrides == ["--help"]:
+        options.parse_args(overrides)
+    if overrides:
+        options.error(f"unrecognized arguments: {' '.join(overrides)}")
+    return own, _from_folders(own)
 
 
 def _parser() -> argparse.ArgumentParser:

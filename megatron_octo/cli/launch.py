@@ -14,10 +14,9 @@ from megatron_octo.config.load import load_recipe
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput
-from megatron_octo.launch.slurm import Job, Shape, check_logs, check_shape
+from megatron_octo.launch.slurm import SITE, Job, Shape, check_logs, check_shape
 
 KINDS: tuple[type[MidTrainConfig | RLConfig], ...] = (MidTrainConfig, RLConfig)
-SITE = Path("slurm/site.sh")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
     from megatron_octo.launch import nemo
 
     nemo.require_nemo_run()
+    if not own.host:
+        own.checkout = own.checkout.absolute()
     settings = {each.name: getattr(own, each.name) for each in fields(nemo.Target) if each.name != "shape"}
     target = nemo.Target(shape=shape, **settings)
     if own.dry_run:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         console.emit(shown(job, target) if shown else f"octo {' '.join(job.argv)}")
         return
     if own.on == "slurm" and not own.host:
-        _check_here()
+        _check_here(own.checkout)
     console.emit(nemo.launch(job, target, wait=own.wait))
 
 
@@ -90,7 +91,7 @@ def _check_kubernetes(own: argparse.Namespace, command: str) -> None:
         )
 
 
-def _check_here() -> None:
+def _check_here(checkout: Path) -> None:
     """Refuse to submit from a machine that cannot.
 
     Raises:
@@ -98,6 +99,9 @@ def _check_here() -> None:
     """
     if shutil.which("sbatch") is None:
         raise BadInput("no Slurm here: sbatch is not on PATH", fix="run this on a login node, or name one by --host")
-    if not SITE.is_file():
-        raise BadInput(f"no site file {SITE}", fix=f"copy one of slurm/sites/ to {SITE} and fill it in")
-    check_logs()
+    if not (checkout / SITE).is_file():
+        raise BadInput(
+            f"no site file {checkout / SITE}",
+            fix=f"let --checkout name the repository's folder; in it copy one of slurm/sites/ to {SITE} and fill it in",
+        )
+    check_logs(checkout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from megatron_octo.report.source import Source, of_pipeline, of_runs
 RECIPE_SUFFIXES = (".py", ".json")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, refused where they make no sense; what they name need not be there yet."""
     options = parser(
         "report",
         "Write report.html, one page that needs no network, and report.json, its numbers. Reads files of run\n"
@@ -39,7 +40,13 @@ def main(argv: Sequence[str]) -> None:
     )
     options.add_argument("--dry-run", action="store_true", help="say what the page would tell; write nothing")
     options.add_argument("--json", action="store_true", help="machine output")
-    own = options.parse_args(argv)
+    own: argparse.Namespace = options.parse_args(argv)
+    return own
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    own = parse(argv)
     source = _source(own.target)
     output = own.output or (source.pipeline or rundir.runs_root()) / "report"
     if output.exists() and not output.is_dir():

@@ -23,6 +23,7 @@ from megatron_octo.launch.pipeline import check, write_settings
 from megatron_octo.launch.preflight import faults, node_name
 from megatron_octo.launch.slurm import Job, Shape, check_logs, check_shape, job, requested, tree
 from megatron_octo.platform.process import terminate_as_interrupt
+from megatron_octo.report.jobs import queue
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     plan.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME [ARGUMENTS]")
     plan.set_defaults(run=_plan)
     pipeline = commands.add_parser(
-        "tree", help="the jobs of a pipeline, a line each: name, after, nodes, run, script, arguments"
+        "tree", help="the jobs of a pipeline, a line each: name, after, sbatch's options, run, script, arguments"
     )
     pipeline.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] RECIPE")
     pipeline.set_defaults(run=_tree)
@@ -70,6 +71,8 @@ def _check(own: argparse.Namespace) -> None:
     options, script, args = words[:at], Path(words[at]), words[at + 1 :]
     shape = requested(options, script)
     found = job(script.stem, args)
+    if not found.config:
+        importlib.import_module(f"megatron_octo.cli.{found.argv[0]}").parse(found.argv[1:])
     console.logger(__name__).info("%s\n%s", script, check_shape(found.config, shape))
     check_logs()
     if found.run:
@@ -84,11 +87,26 @@ def _tree(own: argparse.Namespace) -> None:
     check_logs()
     check(config)
     write_settings(config)
-    for each in tree(config):
-        run = job(each.script, each.args).run
-        comment = str(run.absolute()) if run else "-"
-        after, nodes = ",".join(each.after) or "-", str(each.nodes)
-        console.emit("\t".join((each.name, after, nodes, comment, each.script, *each.args)))
+    jobs = [(each, job(each.script, each.args).run) for each in tree(config)]
+    _check_queue([run for _, run in jobs if run])
+    for each, run in jobs:
+        asked = f"--nodes={each.shape.nodes} --gpus-per-node={each.shape.gpus_per_node}" if each.shape else "-"
+        columns = (each.name, ",".join(each.after) or "-", asked, str(run.absolute()) if run else "-", each.script)
+        console.emit("\t".join((*columns, *each.args)))
+
+
+def _check_queue(runs: Sequence[Path]) -> None:
+    """Refuse runs that a job of Slurm's is there for already.
+
+    Raises:
+        BadInput: so it is.
+    """
+    wanted = {str(run.absolute()) for run in runs}
+    if there := [str(job) for job, (*_, comment) in sorted((queue() or {}).items()) if comment in wanted]:
+        raise BadInput(
+            f"Slurm has jobs of these runs: {', '.join(there)}",
+            fix=f"let them end, or cancel them: scancel {' '.join(there)}",
+        )
 
 
 def _plan(own: argparse.Namespace) -> None:

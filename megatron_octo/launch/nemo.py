@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.console import logger
-from megatron_octo.errors import OctoError
-from megatron_octo.launch.slurm import Job, Shape
+from megatron_octo.errors import BadInput, OctoError
+from megatron_octo.launch.slurm import SITE, Job, Shape
 
 SIGNAL = "B:USR1@900"
 STATE = Path("slurm/lib/state.sh")
@@ -98,9 +98,12 @@ def launch(job: Job, target: Target, *, wait: bool) -> str:
     """Start the job; returns what to call it. Follow it to its end if NeMo-Run does, or with `wait`, on Slurm.
 
     Raises:
+        BadInput: there is no site file on the other side.
         OctoError: it failed. NeMo-Run itself would exit with 0.
     """
     with _experiment(job, target) as experiment:
+        if target.host:
+            _check_there(experiment.jobs[0].executor.tunnel, target)
         if target.on == "local":  # its session is its own: it would outlive this process
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, lambda *_: experiment.cancel(_name(job)))
@@ -165,7 +168,7 @@ def _slurm(job: Job, target: Target) -> Any:
         mem="0",
         signal=SIGNAL,
         additional_parameters={"requeue": True},
-        comment=None if target.host or not job.run else str(job.run.absolute()),  # for `octo runs list` here
+        comment=None if target.host or not job.run else str(target.checkout / job.run),  # for `octo runs list` here
         setup_lines=_payload(job, target),
         tunnel=tunnel,
         packager=nemo_run.Packager(),
@@ -246,10 +249,25 @@ def _payload(job: Job, target: Target) -> str:
         (
             "set +evx  # a trace would print what is secret",
             f"export OCTO_HOME={shlex.quote(str(target.checkout))}",
-            'source "$OCTO_HOME/slurm/lib/job.sh"',
+            'source "$OCTO_HOME/slurm/lib/job.sh" || exit 2',
             f"run_job {script} --recipe {shlex.join([recipe, *overrides])}",
         )
     )
+
+
+def _check_there(tunnel: Any, target: Target) -> None:
+    """Refuse to submit by ssh where the job would not find its site file.
+
+    Raises:
+        BadInput: so it is.
+    """
+    site = target.checkout / SITE
+    if not tunnel.run(shlex.join(["test", "-f", str(site)]), warn=True).ok:
+        raise BadInput(
+            f"no site file {site} on {target.host}",
+            fix=f"let --checkout name the repository's folder there; in it copy one of slurm/sites/ to {SITE} and "
+            "fill it in",
+        )
 
 
 def _name(job: Job) -> str:

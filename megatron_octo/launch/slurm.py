@@ -27,7 +27,9 @@ MODEL = "llama32_3b"
 RECIPES = Path("recipes")
 RL_RECIPES = RECIPES / "rl_zero.py"
 LOGS = Path("slurm/logs")
+SITE = Path("slurm/site.sh")
 LEAST_FREE_BYTES = 1 << 30  # for what Slurm and the ranks print
+SIGNAL_NOTICE_S = 60  # sbatch's own
 MOST_NODES = 1024  # among which a number that fits is looked for
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "prepare_data": ("data",),
@@ -103,8 +105,8 @@ class TreeJob:
     """Jobs that must have succeeded."""
     script: str
     args: tuple[str, ...]
-    nodes: int = 0
-    """That it needs; 0 for the script's own number, or the user's."""
+    shape: Shape | None = None
+    """That it needs; None for the script's own, or the user's."""
 
 
 def tree(config: PipelineConfig) -> list[TreeJob]:
@@ -150,7 +152,8 @@ def _rl_job(config: PipelineConfig, run: RLConfig, exports: Mapping[str, str]) -
     parent = next((name for name in made_of if rundir.run_folder(name) in run.model.parents), "")
     settings = str(stage_file(config, run))
     args = ("--recipe", settings)
-    return TreeJob(name=run.name, after=(f"export {parent}",), script="rl", args=args, nodes=run.num_nodes)
+    shape = Shape(nodes=run.num_nodes, gpus_per_node=run.num_gpus)
+    return TreeJob(name=run.name, after=(f"export {parent}",), script="rl", args=args, shape=shape)
 
 
 def check_shape(config: MidTrainConfig | RLConfig | None, shape: Shape) -> str:
@@ -177,7 +180,7 @@ def requested(options: Sequence[str], script: Path) -> Shape:
     """The allocation that `sbatch OPTIONS SCRIPT` asks for, by its options, else by the script's directives.
 
     Raises:
-        BadInput: there is no such script.
+        BadInput: there is no such script; or its time limit is over before its signal could be of use.
     """
     if not script.is_file():
         raise BadInput(f"no such script: {script}", fix="run it in the repository's folder, as slurm/NAME.sh")
@@ -185,7 +188,16 @@ def requested(options: Sequence[str], script: Path) -> Shape:
     sbatch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     sbatch.add_argument("-N", "--nodes", default="1")
     sbatch.add_argument("--gpus-per-node", default="0")
+    sbatch.add_argument("-t", "--time", default="")
+    sbatch.add_argument("--signal", default="")
     asked, _ = sbatch.parse_known_args([*shlex.split(" ".join(lines), comments=True), *options])
+    notice = re.search(r"@(\d+)$", asked.signal)
+    limit_s, notice_s = _seconds(asked.time), int(notice[1]) if notice else SIGNAL_NOTICE_S
+    if limit_s and asked.signal and limit_s <= notice_s:
+        raise BadInput(
+            f"--time={asked.time} --signal={asked.signal}: the job would be asked to end as soon as it starts",
+            fix=f"a --time well above {notice_s:,} s, or a --signal less early: longer than a step and a save take",
+        )
     try:
         return Shape(nodes=int(asked.nodes), gpus_per_node=int(re.sub(r"^.*:", "", asked.gpus_per_node)))
     except ValueError:
@@ -195,15 +207,31 @@ def requested(options: Sequence[str], script: Path) -> Shape:
         ) from None
 
 
-def check_logs() -> None:
-    """Refuse to submit where the job could not write what it says.
+def _seconds(time: str) -> int:
+    """Of a time limit as sbatch takes it: MINUTES[:SECONDS], HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]].
+
+    0 for no limit, or one that sbatch will refuse itself.
+    """
+    days, dash, clock = time.rpartition("-")
+    words = [*([days] if dash else []), *clock.split(":")]
+    if not all(word.isdecimal() for word in words):
+        return 0
+    parts = list(map(int, words))
+    if not dash:
+        parts = [0, *parts] if len(parts) == 3 else [0, 0, *parts]
+    return sum(part * size for part, size in zip(parts, (86_400, 3_600, 60, 1), strict=False))
+
+
+def check_logs(checkout: Path = Path()) -> None:
+    """Refuse to submit where the job of a `checkout` could not write what it says.
 
     Raises:
         BadInput: a log folder is missing, read-only or full.
     """
-    for folder in (LOGS, rundir.runs_root()):
+    for folder in (checkout / LOGS, checkout / rundir.runs_root()):
         there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK) or (folder == LOGS and there != folder.absolute()):
+        missing = folder == checkout / LOGS and there != folder.absolute()
+        if missing or not there.is_dir() or not os.access(there, os.W_OK):
             raise BadInput(
                 f"log folder {folder} cannot be written",
                 fix="make it, or its parent, yours to write; OCTO_RUNS names another root for runs",

@@ -27,7 +27,7 @@ class JobStatus:
     """How often it had been started before."""
     state: str
     """pending, running, requeued, resubmitted (it goes on as another job), done, stopped or failed; lost: Slurm has no
-    such job, and it did not say its end."""
+    such job, and it did not say its end: someone cancelled it, say."""
     reason: str
 
     def describe(self) -> str:
@@ -43,24 +43,27 @@ def last_jobs() -> dict[Path, JobStatus]:
         job, restart = map(int, file.parent.name.split("."))
         run = Path(file.read_text().strip())
         starts[run] = max((job, restart), starts.get(run, (0, 0)))
-    queue = _queue()
-    jobs = {run: _started(job, restart, queue) for run, (job, restart) in starts.items()}
-    for job, (state, reason, comment) in (queue or {}).items():
+    now = queue()
+    jobs = {run: _started(job, restart, now) for run, (job, restart) in starts.items()}
+    for job, (state, reason, comment) in (now or {}).items():
         run = Path(comment)
         if run.is_absolute() and (run not in jobs or job > jobs[run].job):
             jobs[run] = JobStatus(job=job, restart=0, state=state, reason=reason if state == "pending" else "")
     return jobs
 
 
-def _started(job: int, restart: int, queue: Mapping[int, tuple[str, str, str]] | None) -> JobStatus:
-    words = (rundir.runs_root() / "slurm" / f"{job}.{restart}" / "state").read_text()
+def _started(job: int, restart: int, queued: Mapping[int, tuple[str, str, str]] | None) -> JobStatus:
+    file = rundir.runs_root() / "slurm" / f"{job}.{restart}" / "state"
+    words = file.read_text() if file.exists() else "unknown"
     state, _, reason = words.strip().partition(" ")
-    if state not in OVER and queue is not None:
-        state = queue[job][0] if job in queue else "lost" if state == "running" else state
+    if queued is not None:
+        now = queued[job][0] if job in queued else "lost"
+        if state not in OVER or now == "pending":  # what was over someone has requeued
+            state = now
     return JobStatus(job=job, restart=restart, state=state, reason=reason)
 
 
-def _queue() -> dict[int, tuple[str, str, str]] | None:
+def queue() -> dict[int, tuple[str, str, str]] | None:
     """(state, why it waits, comment) of each job that Slurm has; None where it does not answer."""
     if shutil.which("squeue") is None:
         return None

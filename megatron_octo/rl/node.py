@@ -35,7 +35,7 @@ class Meeting:
     """Where the nodes of a job meet, and what this one brings."""
 
     host: str
-    """Where the head is; Ray is bound to this address of the first node."""
+    """The first node's address, at which the others look for the head; Ray listens on all that the node has."""
     port: int
     token: Path
     """The file that the first node writes, on a disk that all see."""

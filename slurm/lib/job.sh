@@ -5,7 +5,8 @@
 #   plan     the `octo` command, checked against the allocation before anything runs
 #   preflight  a check of each node; a bad one is left out and the job requeued
 #   ranks    one a GPU for training, one a node for RL on several, else one task; they meet at the first node
-#   end      done, stopped, failed, or requeued: never again for bad input, nor after OCTO_TRIES starts without a save;
+#   end      done, stopped, failed, or requeued: never again for bad input, nor after OCTO_TRIES starts without a save
+#            (MOST_LIMITS time limits, where nothing is saved by step);
 #            where Slurm may not requeue (OCTO_REQUEUE=resubmit), as a new job
 #
 # Exit codes are looked at one by one: `set -e` does not go with traps and `wait`.
@@ -16,9 +17,12 @@ GPUS=${SLURM_GPUS_PER_NODE-0} GPUS=${GPUS##*:} # `--exclusive` grants all that a
 RUN=''
 CHAIN="${OCTO_CHAIN-} $SLURM_JOB_ID" # this job, after those that it goes on from
 TOLD='told to end; if Slurm took the nodes away it queues the job again'
+ASKED='asked to end, and its last save is of step'
+TIME='give the job more time (sbatch --time), well above the notice of its signal (--signal)'
 SIGNAL=''      # the last one that asked this job to end
 PASSED_ON=TERM # what its tasks are told then
 MOST_CLOCK_S=30 # that a node may be off the first one
+MOST_LIMITS=20  # time limits that what saves nothing by step may come to
 
 say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID.$RESTART: $*" >&2; }
 
@@ -60,7 +64,7 @@ field() { # NAME: of this job, as Slurm has it
 
 give_way() { # to a signal that came before the ranks had started
     [[ $SIGNAL == TERM ]] && finish stopped 0 "$TOLD"
-    [[ $SIGNAL == USR1 ]] && requeue "asked to end before the ranks had started"
+    [[ $SIGNAL == USR1 ]] && go_on 1 "asked to end before the ranks had started" "$TIME"
     return 0
 }
 
@@ -89,10 +93,10 @@ make_plan() { # NAME [ARGUMENTS]
     one_task "${OCTO[@]}" slurm plan --nodes "$SLURM_JOB_NUM_NODES" --gpus-per-node "$GPUS" \
         --records "$LOGS" "$@" 2>&1 | tee "$LOGS/plan.log" >&2
     code=${PIPESTATUS[0]}
+    RUN=$(cat "$LOGS/run" 2>/dev/null)
     give_way
-    ((code == 0)) || crashed "$code" "$(reason "$LOGS/plan.log")"
+    ((code == 0)) || go_on "$code" "$(reason "$LOGS/plan.log")"
     mapfile -t ARGV <"$LOGS/argv"
-    RUN=$(<"$LOGS/run")
 }
 
 check_nodes() {
@@ -151,22 +155,24 @@ end_job() {
     [[ $SIGNAL == TERM ]] && finish stopped "$CODE" "$TOLD"
     if ((CODE == 0)); then
         grep -q "found .*/STOP:" "$LOGS/ranks.txt" && finish stopped 0 "by a STOP file; the same command goes on"
-        requeue "saved in time" # a preemption signals the ranks alone
+        go_on 1 "$ASKED $(last_save)" "$TIME" # a preemption signals the ranks alone
     fi
     if [[ $SIGNAL == USR1 && ${ARGV[0]} == rl ]]; then # it saves when it is due, not when it is asked to end
-        crashed "$CODE" "asked to end, and its last save is of step $(last_save)" \
-            "let it save more often (--save-every-steps), or give the job more time (sbatch --time)"
+        go_on "$CODE" "$ASKED $(last_save)" "let it save more often (--save-every-steps), or $TIME"
     fi
-    crashed "$CODE" "exit code $CODE: $(reason "$LOGS/ranks.txt")"
+    [[ $SIGNAL == USR1 && ! $RUN ]] && go_on "$CODE" "its time limit was near" "$TIME"
+    go_on "$CODE" "exit code $CODE: $(reason "$LOGS/ranks.txt")"
 }
 
-crashed() { # EXIT_CODE REASON [FIX]
-    local job
+go_on() { # EXIT_CODE REASON [FIX]: queue the job again, unless too many starts got it no further
+    local most=${OCTO_TRIES:-3} at job
     (($1 == 2)) && finish failed 2 "$2" # bad input
-    last_save >"$LOGS/crashed_after"
-    if (($(for job in $CHAIN; do cat "$OCTO_RUNS/slurm/$job".*/crashed_after 2>/dev/null; done |
-        grep -cx "$(last_save)") >= ${OCTO_TRIES:-3})); then
-        finish failed "$1" "${OCTO_TRIES:-3} starts ended without a save in between; $2${3:+
+    at=$(last_save)
+    [[ $SIGNAL == USR1 && ! $RUN ]] && at=limit most=$MOST_LIMITS
+    echo "$at" >"$LOGS/ended_at"
+    if (($(for job in $CHAIN; do cat "$OCTO_RUNS/slurm/$job".*/ended_at 2>/dev/null; done |
+        grep -cx "$at") >= most)); then
+        finish failed "$1" "$most starts ended without a save in between; $2${3:+
   fix: $3}"
     fi
     requeue "$2"
@@ -194,6 +200,10 @@ requeue() { # REASON [NODES]: start again, without these nodes
   fix: submit the same command again${left_out:+, with sbatch --exclude=$left_out}; it goes on from the last save"
         finish resubmitted 0 "as job $next: $1"
     fi
+    if [[ ${2-} && $(sbatch_alike "$left_out" --test-only 2>&1) == *'node configuration is not available'* ]]; then
+        finish failed 1 "$1, and no other node can take its place: queued again it would wait for ever
+  fix: have $left_out mended, or submit the same command on fewer nodes (sbatch --nodes); it goes on from the last save"
+    fi
     scontrol requeue "$SLURM_JOB_ID" || finish failed 1 "cannot be requeued here ($1)
   fix: set OCTO_REQUEUE=resubmit in the site file, and submit the same command again${2:+, with sbatch --exclude=$left_out};
        it goes on from the last save"
@@ -202,16 +212,21 @@ requeue() { # REASON [NODES]: start again, without these nodes
     finish requeued 0 "$1"
 }
 
-resubmit() { # NODES_LEFT_OUT: the same job once more, after this one; what waits for this one waits for it. Prints its id.
-    local next job after
-    next=$(
+sbatch_alike() { # NODES_LEFT_OUT [OPTIONS]: sbatch of the same job once more
+    (
         unset SLURM_RESTART_COUNT # this one's
-        OCTO_CHAIN=$CHAIN sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" \
+        OCTO_CHAIN=$CHAIN sbatch "${@:2}" \
             --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" \
             --time="$(field TimeLimit)" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
             ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} \
+            ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"} \
             ${1:+--exclude="$1"} ${RUN:+--comment="$RUN"} "$0" "${ARGUMENTS[@]}"
-    ) || return
+    )
+}
+
+resubmit() { # NODES_LEFT_OUT: the same job, after this one; what waits for this one waits for it. Prints its id.
+    local next job after
+    next=$(sbatch_alike "$1" --parsable --dependency="afterany:$SLURM_JOB_ID") || return
     squeue --noheader --me --states=PENDING --format='%A %E' | grep "afterok:$SLURM_JOB_ID\b" |
         while read -r job after; do
             after=$(sed -E "s/\([a-z]+\)//g; s/afterok:$SLURM_JOB_ID\b/afterok:${next%;*}/" <<<"$after")

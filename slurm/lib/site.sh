@@ -17,6 +17,22 @@ export OCTO_RUNS=${OCTO_RUNS:-$PWD/runs}
 OCTO=("${OCTO_EXEC[@]}" "$OCTO_PYTHON" -m megatron_octo)
 SRUN=(srun "${OCTO_SRUN[@]}")
 
+has_octo() { # whether `octo` runs on this machine: a container's may be on nodes alone
+    "${OCTO[@]}" --version >/dev/null 2>&1
+}
+
+check_logs() { # what `octo slurm check` says of folders, where there is no octo
+    local folder there
+    for folder in slurm/logs "$OCTO_RUNS"; do
+        there=$folder
+        until [[ -e $there ]]; do there=$(dirname "$there"); done
+        [[ -d $there && -w $there ]] && continue
+        echo "log folder $folder cannot be written
+  fix: make it, or its parent, yours to write; OCTO_RUNS names another root for runs" >&2
+        exit 2
+    done
+}
+
 need_slurm() {
     command -v sbatch >/dev/null && return
     echo "no Slurm here: sbatch is not on PATH

@@ -11,6 +11,8 @@ OCTO_PYTHON=/shared/$USER/octo/.venv/bin/python
 
 export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 # the fabric; `ibstat` and `ip link` name yours
 export NCCL_DEBUG=WARN TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# which collectives each rank has begun, when one hangs: a file a rank
+export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$OCTO_RUNS/slurm/nccl-${SLURM_JOB_ID-}-
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
 ACCOUNTING = ("slurmdbd", "sacct", "mariadbd", "mariadb-install-db")
 GPUS = CPUS = 8
@@ -69,6 +71,14 @@ class Cluster:
     def state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED, ..."""
         return self.field(job, "JobState")
+
+    def processes(self, job: str) -> Iterator[tuple[int, list[str], str]]:
+        """(id, command line, node) of all that the job has started."""
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                found, env = (each.pid, each.cmdline()), each.environ()
+                if (env.get("SLURM_JOB_ID"), env.get("SLURM_CONF")) == (job, self.environment["SLURM_CONF"]):
+                    yield *found, env.get("SLURMD_NODENAME", "")
 
     def hurry(self, job: str) -> None:
         """Let a requeued job start in a moment: Slurm would wait two minutes.

@@ -2,8 +2,8 @@
 
 Plans and preflights are the product's, but for the inputs, which need not be there. STUB_EXIT is the tasks' exit code,
 STUB_PLAN_S how long a plan takes; STUB_SLOW names a node whose preflight takes 3 s to start, STUB_LATE one whose clock
-is an hour late. With STUB_WAITS tasks wait for SIGTERM, and end as `octo` does then. Run by `python -S`: of hundreds of
-ranks one needs a package.
+is an hour late. With STUB_WAITS tasks wait to be told to end: by SIGTERM, which ends them as it does `octo`, or, as a
+training that has nothing to save, by SIGUSR1. Run by `python -S`: of hundreds of ranks one needs a package.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURMD_NODENA
 names += ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_END_TIME")
 if "STUB_WAITS" in os.environ:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
 print(json.dumps([argv, *map(os.environ.get, names)]), flush=True)
 if "STUB_WAITS" in os.environ:
     signal.pause()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_octo import rundir
@@ -43,11 +43,6 @@ class Chain:
         return max(saved_steps(self.run), default=0)
 
     @property
-    def conf(self) -> str:
-        """What its processes know the Slurm by."""
-        return self.slurm.environment["SLURM_CONF"]
-
-    @property
     def restarts(self) -> int:
         """How often Slurm has started the job again."""
         return int(self.slurm.field(self.job, "Restarts"))
@@ -62,11 +57,7 @@ class Chain:
 
     def processes(self) -> Iterator[tuple[int, list[str], str]]:
         """(id, command line, node) of all that it has started."""
-        for each in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                found, env = (each.pid, each.cmdline()), each.environ()
-                if (env.get("SLURM_JOB_ID"), env.get("SLURM_CONF")) == (self.job, self.conf):
-                    yield *found, env.get("SLURMD_NODENAME", "")
+        return self.slurm.processes(self.job)
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Wait until `until` holds, while Slurm may start the job again."""
@@ -157,6 +148,10 @@ def test_a_training_that_is_stopped_in_every_way_ends_as_an_unbroken_one(
         assert not rundir.is_done(chain.run), "it was done before all events had happened"
         event(chain)
         chain.wait(lambda restarts=restarts: chain.restarts > restarts)
+        if event is Chain.time_limit:
+            said = (checkout / "runs" / "slurm" / f"{chain.job}.{restarts}" / "state").read_text()
+            (step,) = re.findall("^requeued asked to end, and its last save is of step (\\d+)$", said)
+            assert int(step) > saved
         slurm("scontrol", "update", f"JobId={chain.job}", "TimeLimit=1:00:00", check=False)
         happened += 1
     assert happened == num_events

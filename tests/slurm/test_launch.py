@@ -20,6 +20,7 @@ from megatron_octo.config.load import load_recipe
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.launch import nemo
+from megatron_octo.launch.slurm import Shape
 from megatron_octo.train.state import saved_steps
 from tests.conftest import REPOSITORY, snapshot
 from tests.prepared import stage, write_data
@@ -163,6 +164,21 @@ def test_nodes_that_the_recipe_does_not_fit_are_refused(checkout: Path):
     done = launch(checkout, RECIPE, "--on", "slurm", "--nodes", "3")
     assert done.returncode == 2
     assert "fix: sbatch --nodes=2 or --nodes=4" in done.stderr
+
+
+def test_a_checkout_without_a_site_file_is_refused(checkout: Path):
+    (checkout / "bin" / "sbatch").symlink_to("/bin/true")
+    where = {"PATH": f"{checkout}/bin{os.pathsep}{os.environ['PATH']}"}
+    done = launch(checkout, RECIPE, "--on", "slurm", "--checkout", "/nowhere", **where)
+    assert done.returncode == 2, done.stderr
+    assert "no site file /nowhere/slurm/site.sh" in done.stderr
+
+
+def test_a_checkout_without_a_site_file_on_the_other_side_is_refused():
+    target = nemo.Target(on="slurm", host="cluster", shape=Shape(nodes=1, gpus_per_node=8), checkout=Path("/nowhere"))
+    with pytest.raises(BadInput, match=r"no site file /nowhere/slurm/site.sh on cluster"):
+        nemo._check_there(Mock(run=Mock(return_value=Mock(ok=False))), target)
+    nemo._check_there(Mock(run=Mock(return_value=Mock(ok=True))), target)
 
 
 ON_SLURM = ("--on", "slurm", "--account", "me", "--partition", "main", "--nodes", "2", "--wait")

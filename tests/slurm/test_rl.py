@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_octo import rundir
@@ -19,7 +17,7 @@ from megatron_octo.rl.run import has_gpu
 from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
 from tests.rl.conftest import two_steps
 from tests.rl.test_nodes import enters, on_two_nodes
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,14 +30,9 @@ NUM_STEPS = 10  # two passes; seconds each, so that all that is to happen does b
 
 def node_tasks(slurm: Cluster, job: str) -> dict[str, int]:
     """{node: process id} of the tasks that a job's nodes run."""
-    found = {}
-    for each in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            env = each.environ()
-            ours = (env.get("SLURM_JOB_ID"), env.get("SLURM_CONF")) == (job, slurm.environment["SLURM_CONF"])
-            if ours and each.cmdline()[1:5] == ["-m", "megatron_octo", "slurm", "node"]:
-                found[env["SLURMD_NODENAME"]] = each.pid
-    return found
+    return {
+        node: pid for pid, argv, node in slurm.processes(job) if argv[1:5] == ["-m", "megatron_octo", "slurm", "node"]
+    }
 
 
 def test_rl_on_two_nodes_goes_on_after_a_kill_and_after_a_time_limit(slurm: Cluster, checkout: Path) -> None:
@@ -87,4 +80,4 @@ def test_rl_on_two_nodes_goes_on_after_a_kill_and_after_a_time_limit(slurm: Clus
     for restart in (1, restarts()):
         ranks = (checkout / "runs" / "slurm" / f"{job}.{restart}" / "ranks.txt").read_text()
         assert "goes on after step" in ranks
-    assert not node_tasks(slurm, job)
+    wait_for(lambda: not list(slurm.processes(job)))  # the batch script's last breath included

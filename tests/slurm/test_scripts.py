@@ -177,20 +177,33 @@ def test_crashes_are_counted_over_jobs_that_go_on_from_each_other(slurm, resubmi
     assert "3 starts ended without a save in between" in output(resubmitting, jobs[-1])
 
 
-def test_rl_that_is_told_of_its_time_limit_before_each_save_fails_and_says_what_to_set(slurm, stubbed):
-    job = submit(slurm, stubbed, "--time=2:00:00", "slurm/rl.sh", "long", STUB_WAITS="1")
-    for restart in range(3):
+@pytest.mark.parametrize(
+    ("words", "starts", "said"),
+    [
+        (["rl.sh", "long"], 3, "asked to end, and its last save is of step 0\n  fix: .*--save-every"),
+        (["stable_200b.sh"], 3, "asked to end, and its last save is of step 0\n  fix: .*--time"),
+        (["evaluate.sh", "recipes/miniature.py"], 4, "its time limit was near\n  fix: .*--time"),
+    ],
+    ids=["rl", "training", "what saves nothing by step"],
+)
+def test_a_job_that_its_time_limit_always_ends_before_a_save_fails_and_says_what_to_set(
+    slurm, stubbed, words, starts, said
+):
+    site = stubbed / "slurm" / "site.sh"
+    site.write_text(f"{site.read_text()}MOST_LIMITS=4\n")
+    shape = ["--nodes=1", "--gpus-per-node=8", "--time=2:00:00"]
+    job = submit(slurm, stubbed, *shape, f"slurm/{words[0]}", *words[1:], STUB_WAITS="1")
+    num_tasks = 8 if words[0] == "stable_200b.sh" else 1
+    for restart in range(starts):
         ranks = stubbed / "runs" / "slurm" / f"{job}.{restart}" / "ranks.txt"
-        slurm.wait(job, lambda ranks=ranks: ranks.exists() and "rl_zero.py" in ranks.read_text())
+        slurm.wait(job, lambda ranks=ranks: ranks.exists() and ranks.read_text().count("\n") == num_tasks)
         slurm("scancel", "--batch", "--signal=USR1", job)
         slurm.wait(job, lambda ranks=ranks: not (ranks.with_name("state")).read_text().startswith("running"))
     assert slurm.wait_end(job) == "FAILED"
-    assert slurm.field(job, "Restarts") == "2"
-    said = (
-        "3 starts ended without a save in between; asked to end, and its last save is of step 0\n  fix: .*--save-every"
-    )
+    assert slurm.field(job, "Restarts") == str(starts - 1)
+    said = f"{starts} starts ended without a save in between; {said}"
     assert re.search(said, output(stubbed, job)), output(stubbed, job)
-    ((*_, end),) = tasks(stubbed, f"{job}.2")
+    (*_, end), *_ = tasks(stubbed, f"{job}.{starts - 1}")
     assert datetime.fromtimestamp(int(end)) - datetime.fromisoformat(slurm.field(job, "StartTime")) == timedelta(
         hours=2
     )
@@ -219,6 +232,15 @@ def test_a_node_that_fails_the_preflight_is_left_out(slurm, stubbed):
     assert slurm.field(job, "Restarts") == "1"
     assert "node1 bad: GPU 0: 3 uncorrected memory errors" in output(stubbed, job)
     assert {node for _, _, _, _, node, *_ in tasks(stubbed, f"{job}.1")} == {"node2", "node3"}
+
+
+def test_a_job_that_no_node_is_left_for_fails(slurm, stubbed):
+    (stubbed / "bin" / "node1").touch()
+    job = submit(slurm, stubbed, "slurm/stable_200b.sh")
+    assert slurm.wait_end(job) == "FAILED"
+    assert slurm.field(job, "Restarts") == "0"
+    said = (stubbed / "runs" / "slurm" / f"{job}.0" / "state").read_text()
+    assert said.startswith("failed without node1, which failed the preflight, and no other node can take its place")
 
 
 def test_a_clock_that_is_off_is_told_from_a_slow_start(slurm, stubbed):
@@ -285,6 +307,8 @@ def test_a_pipeline_is_jobs_that_wait_for_what_they_read(slurm, stubbed):
     lines = [line for line in said if line.startswith("job ")]
     jobs = {name: job for job, name, *_ in (line.removeprefix("job ").split("  ") for line in lines)}
     assert len(jobs) == 19
+    again = slurm(stubbed / "slurm" / "pipeline.sh", *words, cwd=stubbed, check=False)
+    assert "Slurm has jobs of these runs: " in again
     assert slurm.wait_end(jobs["report"], 600) == "COMPLETED"
     assert slurm.field(jobs["train miniature-stable"], "Comment") == str(stubbed / "runs" / "miniature-stable")
     begun = {name: slurm.field(job, "StartTime") for name, job in jobs.items()}
@@ -373,6 +397,11 @@ def test_submit_checks_and_submits(slurm, stubbed):
 @pytest.mark.parametrize(
     ("words", "environment", "message"),
     [
+        (
+            "slurm/pipeline.sh recipes/miniature.py:pipeline --num-steps 5",
+            {},
+            "after the recipe .*--num-steps 5.*fix: ",
+        ),
         ("--nodes=3 slurm/stable_200b.sh", {}, "does not divide by 24 data-parallel ranks.*fix: .*--nodes=4"),
         ("slurm/decay_20b.sh lnog", {}, "unknown recipe.*fix: did you mean 'decay_long'"),
         ("slurm/stabel.sh", {}, "no such script: slurm/stabel.sh.*fix: .*slurm/NAME.sh"),
@@ -387,6 +416,22 @@ def test_bad_input_is_refused_before_anything_is_submitted(slurm, checkout, word
     assert re.search(message, done.stderr, re.DOTALL), done.stderr
     assert snapshot(checkout / "slurm") == before
     assert slurm("squeue", "-h", "-t", "all") == jobs
+
+
+def test_where_octo_runs_on_nodes_alone_jobs_are_submitted_unchecked_and_no_pipeline(slurm, checkout):
+    site = checkout / "slurm" / "site.sh"
+    site.write_text(f"{site.read_text()}OCTO_PYTHON=/bin/false\n")
+    done = submit_checked(checkout, "--hold", "slurm/decay_20b.sh", "lnog", **slurm.environment)
+    assert "the recipe is checked when the job starts" in done.stderr
+    (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    slurm("scancel", job)
+    for words, runs, why in (
+        (["slurm/stable_200b.sh"], "/dev/null/x", "log folder /dev/null/x cannot be written"),
+        (["slurm/pipeline.sh"], str(checkout / "runs"), "/bin/false -m megatron_octo does not run on this machine"),
+    ):
+        done = submit_checked(checkout, *words, OCTO_RUNS=runs, **slurm.environment)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.search(f"{why}.*\n  fix: ", done.stderr), done.stderr
 
 
 def test_without_slurm_nothing_is_submitted(checkout):

@@ -177,7 +177,9 @@ def start(runs: Path, job: str, run: Path, state: str) -> None:
         ("failed exit code 1: octo train: CUDA error", "", "start 3 failed: exit code 1: octo train: CUDA error"),
         ("stopped by a STOP file", "RUNNING|None", "start 3 stopped: by a STOP file"),
         ("requeued saved in time", "PENDING|BeginTime", "start 3 pending: saved in time"),
-        ("requeued saved in time", "", "start 3 requeued: saved in time"),
+        ("requeued saved in time", "", "start 3 lost: saved in time"),
+        ("stopped told to end", "PENDING|BeginTime", "start 3 pending: told to end"),
+        ("failed exit code 1", "COMPLETING|None", "start 3 failed: exit code 1"),
         ("resubmitted as job 13: saved in time", "", "start 3 resubmitted: as job 13: saved in time"),
         ("running", "RUNNING|None", "start 3 running"),
         ("running", "", "start 3 lost"),
@@ -191,6 +193,15 @@ def test_a_run_is_listed_with_its_last_job(runs, squeue, said, now, words):
     jobs = last_jobs()
     assert jobs[folder].describe() == f"job 12, {words}"
     assert jobs.keys() == {folder}
+
+
+def test_a_start_that_says_nothing_leaves_the_others_in_the_list(runs, squeue):
+    for job, name in (("9.0", "silent"), ("12.0", "stable")):
+        start(runs, job, runs / name, "done")
+    (runs / "slurm" / "9.0" / "state").unlink()
+    squeue()
+    said = {run.name: job.describe() for run, job in last_jobs().items()}
+    assert said == {"silent": "job 9 lost", "stable": "job 12 done"}
 
 
 def test_a_slurm_that_does_not_answer_loses_no_job(runs, squeue):

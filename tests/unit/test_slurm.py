@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_octo import rundir
+from megatron_octo.cli.slurm import main
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.errors import BadInput
@@ -86,6 +88,52 @@ def test_options_go_before_directives():
         requested(["--nodes=2-4"], script)
 
 
+@pytest.mark.parametrize("time", ["15", "10:00", "15:00", "0:15:00", "0-0:15", "00:14:59"])
+def test_a_time_limit_that_is_over_before_its_signal_is_refused(time: str):
+    with pytest.raises(BadInput, match="asked to end as soon as it starts") as caught:
+        requested([f"--time={time}"], REPOSITORY / "slurm" / "stable_200b.sh")
+    assert "well above 900 s" in caught.value.fix
+
+
+@pytest.mark.parametrize("words", [["-t", "16"], ["-t15:01"], ["--time=1-0"], ["--time=UNLIMITED"], ["--time=0"]])
+def test_other_time_limits_are_not(words: list[str]):
+    assert requested(words, REPOSITORY / "slurm" / "stable_200b.sh").nodes == 8
+    assert requested(["--time=15", "--signal=B:USR1@300"], REPOSITORY / "slurm" / "stable_200b.sh").nodes == 8
+
+
+def test_runs_that_have_a_job_are_not_submitted_again(tmp_path: Path, runs: Path, monkeypatch, capsys):
+    squeue = tmp_path / "squeue"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    words = ["tree", "--", "--nodes=1", "--gpus-per-node=1", "recipes/miniature.py:pipeline"]
+    for folder, fails in ((runs / "miniature-stable", True), (runs / "another", False)):
+        squeue.write_text(f"#!/bin/sh\necho '7|PENDING|Priority|{folder}'\n")
+        squeue.chmod(0o755)
+        with pytest.raises(BadInput, match=r"of these runs: 7\n") if fails else contextlib.nullcontext():
+            main(words)
+        assert bool(capsys.readouterr().out) != fails
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["evaluate.sh", "runs/x", "--nonsense"], "--nonsense"),
+        (["convert.sh"], "required: from-hf"),
+        (["prepare_data.sh", "prepaer"], "prepaer"),
+        (["report.sh"], "RECIPE | FOLDER"),
+    ],
+)
+def test_arguments_that_a_command_does_not_take_are_refused_before_submission(words: list[str], why: str, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["check", "--", f"slurm/{words[0]}", *words[1:]])
+    assert caught.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+def test_what_a_command_reads_need_not_be_there_before_submission(capsys):
+    for words in ("evaluate.sh runs/x --task t --problems x.jsonl", "convert.sh to-hf runs/x", "report.sh runs/x"):
+        main(["check", "--", *f"slurm/{words}".split()])
+
+
 def test_a_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch):
     check_logs()
     monkeypatch.setattr(slurm.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
@@ -107,7 +155,9 @@ def test_a_pipeline_is_a_tree_of_jobs():
     for branch, rl in zip(branches, config.rl, strict=True):
         assert jobs[f"train {branch}"].after == ("train llama32-3b-stable-200b",)
         assert jobs[f"export {branch}"].after == (f"train {branch}",)
-        assert (jobs[rl.name].after, jobs[rl.name].nodes) == ((f"export {branch}",), rl.num_nodes)
+        shape = Shape(nodes=rl.num_nodes, gpus_per_node=rl.num_gpus)
+        assert (jobs[rl.name].after, jobs[rl.name].shape) == ((f"export {branch}",), shape)
+        assert check_shape(rl, shape)
     assert jobs["evaluate before RL"].after == tuple(f"export {name}" for name in ("llama32-3b-stable-200b", *branches))
     assert jobs["evaluate after RL"].after == tuple(rl.name for rl in config.rl)
     assert jobs["report"].after == ("evaluate before RL", "evaluate after RL")
