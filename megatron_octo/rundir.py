@@ -156,7 +156,13 @@ def clear_stale(path: Path) -> None:
 
 
 def _lives(pid: str) -> bool:
-    return pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists()
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"  # dead, but nobody has waited for it yet
 
 
 @contextlib.contextmanager

@@ -34,6 +34,15 @@ def test_a_failed_second_attempt_keeps_the_first_result(tmp_path):
     assert (target / "file").read_text() == "first"
 
 
+def test_what_was_killed_and_not_waited_for_yet_is_dead(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as killed:
+        os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays in the process table
+        left = tmp_path / f".out.{killed.pid}.tmp"
+        left.mkdir()
+        rundir.temporary_folder(tmp_path / "out")
+        assert not left.exists()
+
+
 def test_a_new_attempt_clears_what_a_killed_one_left(tmp_path):
     (tmp_path / ".out.999.tmp").mkdir()
     with rundir.new_folder(tmp_path / "out"):
