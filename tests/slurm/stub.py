@@ -16,6 +16,8 @@ import sys
 import time
 
 _, _, _, *argv = sys.argv  # stub.py -m megatron_octo ARGV
+if argv == ["--version"]:  # does octo run here?
+    sys.exit()
 if argv[0] == "slurm":
     site.main()
     from megatron_octo.cli import app, slurm
