@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_octo import console, lineage, rundir
+from megatron_octo.convert.sums import sha256
 from megatron_octo.errors import BadInput
 
 PLAN = "plan.json"
@@ -121,7 +122,7 @@ def write_files(
     unfinished.mkdir()
 
     def end(path: Path) -> str:
-        digest = rundir.sha256(path)
+        digest = sha256(path)
         check(path)
         if path.parent == unfinished:
             with path.open("rb") as file:  # much of it is on the disk by now

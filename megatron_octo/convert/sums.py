@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import mmap
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,8 @@ from megatron_octo import rundir
 
 AHEAD_BYTES = 4 << 30
 """What is hashed before it is needed, at least: it is to be in the page cache still when it is read again."""
-BUFFER_BYTES = 1 << 20
+HASHED_BYTES = 64 << 20
+"""As `rundir.HASHED_BYTES`; a map costs no buffer."""
 
 
 class Sums:
@@ -53,8 +55,18 @@ class Sums:
         return rundir.sha256_files({path.name: each.result() for path, each in self._sums.items()})
 
     def _sum(self, path: Path) -> str:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES))
-        with path.open("rb", buffering=0) as file:
-            while (length := file.readinto(buffer)) and not self._left.is_set():
-                digest.update(buffer[:length])
-        return digest.hexdigest()
+        return sha256(path, self._left.is_set)
+
+
+def sha256(path: Path, left: Callable[[], bool] = bool) -> str:
+    """The SHA-256 of a file as `rundir.sha256` takes it, in half the time; ends early once it is `left`.
+
+    The file is mapped, part by part, as the conversion maps it: one that gets shorter meanwhile ends the process.
+    """
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        for start in itertools.takewhile(lambda _: not left(), range(0, size, HASHED_BYTES)):
+            length = min(HASHED_BYTES, size - start)
+            with mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ) as part:
+                digest.update(part)
+    return digest.hexdigest()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import mmap
+import random
 from pathlib import Path
 
 import pytest
@@ -57,10 +60,19 @@ def test_other_files_and_none_are_of_no_concern(files: list[Path], begun: list[s
     assert begun == []
 
 
-def test_what_is_not_done_at_the_end_is_left(files: list[Path], begun: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(module, "BUFFER_BYTES", 1)
+def test_what_is_not_done_at_the_end_is_left(files: list[Path], begun: list[str]) -> None:
     with Sums(files) as sums:
         sums._left.set()
         assert sums._sum(files[0]) != rundir.sha256(files[0])
     with pytest.raises(RuntimeError):
         sums.total()
+
+
+@pytest.mark.parametrize("size", [0, 1, mmap.PAGESIZE, 2 * mmap.PAGESIZE, 2 * mmap.PAGESIZE + 1])
+def test_a_file_has_the_same_sum_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(module, "HASHED_BYTES", mmap.PAGESIZE)
+    monkeypatch.setattr(rundir, "HASHED_BYTES", 1000)
+    content = random.Random(0).randbytes(size)
+    (tmp_path / "file").write_bytes(content)
+    expected = hashlib.sha256(content).hexdigest()
+    assert module.sha256(tmp_path / "file") == rundir.sha256(tmp_path / "file") == expected
