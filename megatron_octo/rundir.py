@@ -22,11 +22,24 @@ from megatron_octo.errors import BadInput
 
 DONE = "DONE"
 LOCK = ".lock"
+STOP, SAVE = "STOP", "SAVE"
+"""Files that people leave in a run's folder, to ask for a save and the end, or for a save."""
+HASHED_BYTES = 8 << 20
+"""Hashed at once: between two of them a thread waits for all others that run Python, up to 5 ms for each."""
 
 
 def runs_root() -> Path:
     """The folder that all runs live in: `OCTO_RUNS`, or `runs` in the current folder."""
     return Path(os.environ.get("OCTO_RUNS", "runs"))
+
+
+def take_file(path: Path) -> bool:
+    """Whether someone left the file `path`; it is removed, so that it asks once."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def run_folder(name: str) -> Path:
@@ -289,8 +302,11 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASHED_BYTES, path.stat().st_size or HASHED_BYTES)))
+    with path.open("rb", buffering=0) as file:
+        while length := file.readinto(buffer):
+            digest.update(buffer[:length])
+    return digest.hexdigest()
 
 
 def sha256_folder(folder: Path, pattern: str) -> str:

@@ -48,12 +48,12 @@ def main(argv: Sequence[str]) -> None:
     if own.dry_run:
         _dry_run(configs, as_json=own.json)
         return
-    from megatron_octo.rl.run import run_all
+    from megatron_octo.rl.run import HF, run_all
 
-    folders = run_all(configs)
+    run_all(configs)
     if own.json:
-        pairs = zip(configs, folders, strict=True)
-        console.emit_json([{"name": config.name, "hf": str(folder)} for config, folder in pairs])
+        done = [config for config in configs if rundir.is_done(config.output)]
+        console.emit_json([{"name": config.name, "hf": str(config.output / HF)} for config in done])
 
 
 def _configs(specs: Sequence[str], overrides: Sequence[str]) -> list[RLConfig]:

@@ -38,6 +38,8 @@ class Follower:
         self.rows = rows
         self.recent: list[str] = []
         """Lines since the last step: where the reason of a failure is."""
+        self.ends_after: int | None = None
+        """The last save when a STOP file was found: the next one ends the run. None where nobody asked."""
         self._config, self._file, self._board, self._cuda = config, file, board, cuda
         self._roll_backs = len(roll_backs(config.output))
         self._time_before_s, self._began = time_before_s, time.monotonic()
@@ -70,8 +72,12 @@ class Follower:
             log.info("%s", validation_line(scores))
 
     def poll(self) -> None:
-        """Look after the saves."""
+        """Look after the saves, and whether someone asks the run to stop."""
+        output = self._config.output
         saves.take(self._config, self.rows)
+        if self.ends_after is None and (output / rundir.STOP).exists():  # it stays until it is heeded, maybe by a rerun
+            self.ends_after = saves.last(output)
+            log.info("found %s: the next save, and the end", output / rundir.STOP)
 
     def _judge(self, row: collect.Row) -> None:
         if late := late_save(self._config, self.rows, done=self._done, left_s=self._job_ends_s - time.time()):

@@ -30,15 +30,15 @@ MAY_DIFFER = ("watch", "save_every_steps", "keep_last_saves")
 log = console.logger(__name__)
 
 
-def run_rl(config: RLConfig) -> Path:
-    """Run one stage of RL to its end; returns its Hugging Face folder. See `run_all`."""
-    return run_all([config])[0]
+class Stopped(Exception):
+    """Someone asked a run to stop, and it is saved."""
 
 
 def run_all(configs: Sequence[RLConfig]) -> list[Path]:
-    """Run stages of RL one after the other on one Ray cluster; returns their Hugging Face folders.
+    """Run stages of RL one after the other on one Ray cluster; returns the Hugging Face folders of those that are DONE.
 
-    Those that are DONE are skipped; all the others are checked before the first starts.
+    Those that are DONE are skipped; all the others are checked before the first starts. A STOP file in the folder of
+    one ends it after its next save, and leaves the others.
 
     Raises:
         BadInput: a model, a prompt file or a setting is wrong. Nothing is written then.
@@ -60,7 +60,10 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
                         work.popleft()
             except watch.Trouble as trouble:
                 _answer(work[0][0], trouble.finding)
-    return [config.output / HF for config in configs]
+            except Stopped as stopped:
+                log.info("%s", stopped)
+                break
+    return [config.output / HF for config in configs if rundir.is_done(config.output)]
 
 
 def check_settings(config: RLConfig) -> None:
@@ -110,9 +113,13 @@ def _run(
             length = f"{stage.max_response_tokens:,}"
             log.info("%s: OpenRLHF starts, responses of up to %s tokens; log: %s", config.name, length, output / LOG)
             try:
-                ended = engine.run(arguments, follower.line, lambda: _is_at_border(config, stage, follower))
+                ended = engine.run(arguments, follower.line, lambda: _may_end(config, stage, follower))
             except RunFailed as failure:
                 raise _failure(config, follower, failure) from None
+        if not ended and follower.ends_after is not None:
+            step = saves.last(output)
+            rundir.take_file(output / rundir.STOP)
+            raise Stopped(f"{config.name}: stopped after step {step}, saved; run it again to go on")
         if not ended:
             log.info("%s: step %d is saved, and longer responses begin", config.name, stage.end)
             return False
@@ -173,23 +180,26 @@ def _answer(config: RLConfig, finding: watch.Finding) -> None:
     )
 
 
-def _is_at_border(config: RLConfig, stage: LengthStage, follower: Follower) -> bool:
-    """Look after the saves; whether that at the end of the stage is there, with its validation, and another follows.
+def _may_end(config: RLConfig, stage: LengthStage, follower: Follower) -> bool:
+    """Look after the saves; whether one is there, with its validation, that ends the stage or that someone asked for.
+
+    After the last step of all the run ends by itself.
 
     Raises:
-        VerificationError: a later one is there already: it was trained with the responses of the stage before.
+        VerificationError: one after the stage is there: it was trained with the responses of the stage before.
     """
     follower.poll()
-    if stage.end == config.num_steps:
-        return False
     saved = saves.last(config.output)
     if saved > stage.end:
         raise VerificationError(
             f"{config.name}: step {saved} was saved before the run could be stopped at step {stage.end}",
             fix="save less often (save_every_steps), or put the border elsewhere; begin anew in another folder",
         )
-    whole = saved == stage.end and stage.end in saves.copies(config.output)
-    return whole and (not config.validates_at(stage.end) or _is_validated(follower.rows, stage.end))
+    asked = follower.ends_after is not None and saved > follower.ends_after
+    if saved == config.num_steps or not (asked or saved == stage.end):
+        return False
+    whole = saved in saves.copies(config.output)
+    return whole and (not config.validates_at(saved) or _is_validated(follower.rows, saved))
 
 
 def _is_validated(rows: Sequence[collect.Row], step: int) -> bool:

@@ -21,7 +21,7 @@ from megatron_octo.platform.process_group import world
 from megatron_octo.train.checkpoint import FIX, Writing
 from megatron_octo.train.distributed import from_source, on_source, together
 from megatron_octo.train.state import saved_steps
-from megatron_octo.train.votes import SAVE_FILE, STOP_FILE, Votes, take_file
+from megatron_octo.train.votes import Votes
 
 if TYPE_CHECKING:
     from megatron_octo.budget.ledger import Ledger
@@ -67,10 +67,10 @@ class Saver:
         """
         if self._is_source:
             minutes = self._config.save.every_minutes
-            if take_file(self._run / STOP_FILE):
+            if rundir.take_file(self._run / rundir.STOP):
                 self._asked_stop = True
-                logger(__name__).info("found %s: a last save, and the end", self._run / STOP_FILE)
-            self._asked_save |= take_file(self._run / SAVE_FILE) or (
+                logger(__name__).info("found %s: a last save, and the end", self._run / rundir.STOP)
+            self._asked_save |= rundir.take_file(self._run / rundir.SAVE) or (
                 minutes is not None and time.monotonic() - self._last_s >= 60 * minutes
             )
         return Votes(

@@ -8,13 +8,9 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from megatron_octo.platform.process import STOP_SIGNALS
-
-STOP_FILE = "STOP"
-SAVE_FILE = "SAVE"
 
 
 class Votes(NamedTuple):
@@ -44,12 +40,3 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
-
-
-def take_file(path: Path) -> bool:
-    """Whether someone left the file `path`; it is removed, so that it asks once."""
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        return False
-    return True

@@ -30,7 +30,6 @@ from megatron_octo.config.train import (
 )
 from megatron_octo.errors import OctoError
 from megatron_octo.train import watchdog
-from megatron_octo.train.votes import STOP_FILE
 from tests.cpu.matrix import LAYOUTS, alone, interrupt, train
 from tests.prepared import BATCH, SEQ_LENGTH, VOCAB, hold_out, stage, write_documents, write_source
 
@@ -192,7 +191,7 @@ def faulty(compute: Callable[..., Any], fault: Fault) -> Callable[..., Any]:
         strikes = fault.step in (None, step) and not (fault.once and step in seen)
         seen.add(step)
         if fault.stop and fault.step == step and os.environ["RANK"] == "0":
-            (fault.stop / STOP_FILE).touch()
+            (fault.stop / rundir.STOP).touch()
         if strikes and os.environ["RANK"] == "1":
             time.sleep(fault.sleep_s)
         loss, votes = compute(wrapped, loader, consumed, *rest, **options)

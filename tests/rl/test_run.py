@@ -21,7 +21,7 @@ from megatron_octo.errors import BadInput, OctoError, SettingsError, Verificatio
 from megatron_octo.lineage import Lineage
 from megatron_octo.rl import collect, preflight, run, saves
 from megatron_octo.rl.cluster import RunFailed, meaningful
-from megatron_octo.rl.run import run_all, run_rl
+from megatron_octo.rl.run import run_all
 from tests.conftest import snapshot
 
 Replaced = Callable[..., RLConfig]
@@ -123,7 +123,7 @@ def test_validation_reaches_the_metrics_and_the_console(
     caplog.set_level("INFO")
     use(FakeEngine([step(1), validation(1, 0.25), step(2), validation(2, 0.5)]))
     config = replaced(validation=asked)
-    run_rl(config)
+    run_all([config])
     rows = collect.read_metrics(config.output / "metrics.jsonl")
     assert [(row["rl/accuracy"], row["valid/toy/accuracy"]) for row in rows] == [(0.5, 0.25), (0.5, 0.5)]
     assert "step 1  validation  toy 25.0%" in caplog.text
@@ -153,7 +153,7 @@ def test_a_stage_ends_after_the_validation_of_its_last_step(
     engine = Engine()
     use(engine)
     config = replaced(num_steps=3, longer_responses=SCHEDULE, validation=asked)
-    run_rl(config)
+    run_all([config])
     assert engine.stages == [(0, "16"), (1, "20"), (2, "24")] and engine.stopped_at_save == 0
     rows = collect.read_metrics(config.output / "metrics.jsonl")
     assert [row["valid/toy/accuracy"] for row in rows] == [0.5] * 3
@@ -181,7 +181,7 @@ def test_a_length_schedule_is_a_chain_of_runs_that_go_on_from_each_other(
     clusters = run.cluster
     monkeypatch.setattr(run, "cluster", lambda **options: opened.append(1) or clusters(**options))
     config = replaced(num_steps=3, longer_responses=SCHEDULE)
-    run_rl(config)
+    run_all([config])
     assert engine.stages == [(0, "16"), (1, "20"), (2, "24")]
     assert len(opened) == 3, "what ran beyond a border must be gone before the next stage"
     assert [row["step"] for row in collect.read_metrics(config.output / "metrics.jsonl")] == [1, 2, 3]
@@ -198,8 +198,63 @@ def test_a_run_killed_in_its_second_stage_goes_on_in_it(replaced: Replaced, use:
     with pytest.raises(
         VerificationError, match="reported 1 steps instead of 3"
     ):  # the metrics went with the killed run
-        run_rl(config)
+        run_all([config])
     assert engine.stages == [(2, "20")]
+
+
+def test_a_stop_file_ends_a_run_after_its_next_save_and_leaves_those_that_follow(
+    replaced: Replaced, use: Use, tmp_path: Path
+) -> None:
+    stop = replaced().output / "STOP"
+
+    def line(number: int, openrlhf: int) -> str:
+        if (number, openrlhf) == (3, 0):
+            stop.touch()  # found when step 3 is saved already
+        return step(number)
+
+    engine = SavingEngine(line)
+    use(engine)
+    both = [replaced(num_steps=5), replaced(num_steps=5, output=tmp_path / "other")]
+    assert run_all(both) == []
+    assert saves.copies(both[0].output)[-1] == 4 and not stop.exists() and not both[1].output.exists()
+    assert run_all(both) == [config.output / "hf" for config in both]
+    assert engine.stages == [(0, "16"), (4, "16"), (0, "16")]
+    assert [row["step"] for row in collect.read_metrics(both[0].output / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_stop_file_does_not_take_an_earlier_save_for_the_next(replaced: Replaced, use: Use) -> None:
+    class Engine(SavingEngine):
+        """Saves every second step."""
+
+        def run(self, arguments: Sequence[str], on_line: Callable[[str], None], until: Callable[[], bool]) -> bool:
+            actor = Path(dict(itertools.pairwise(arguments))["--ckpt.path"]) / "_actor"
+            for number in range(1, 5):
+                on_line(step(number))
+                if number == 3:
+                    (config.output / "STOP").touch()
+                if number % 2 == 0:
+                    (actor / f"global_step{number}").mkdir(parents=True)
+                    (actor / "latest").write_text(f"global_step{number}")
+                    write_openrlhf_copy(actor.parent / f"global_step{number}_hf")
+                if until():
+                    return False
+            raise AssertionError("not stopped")
+
+    use(Engine())
+    config = replaced(num_steps=6, save_every_steps=2)
+    assert run_all([config]) == [] and saves.last(config.output) == 4
+
+
+def test_a_run_that_ends_by_itself_is_not_stopped_before_its_end(replaced: Replaced, use: Use) -> None:
+    config = replaced(num_steps=2)
+
+    def line(number: int, openrlhf: int) -> str:
+        if number == 2:
+            (config.output / "STOP").touch()
+        return step(number)
+
+    use(SavingEngine(line))
+    assert run_all([config]) == [config.output / "hf"]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +278,7 @@ def test_a_schedule_that_means_nothing_is_refused(
 def test_a_run_leaves_the_model_its_descent_and_its_metrics(config: RLConfig, use: Use) -> None:
     lineage.write(config.model, Lineage(name="branch", kind="export", weights_sha256="x"))
     use(FakeEngine([step(1), "noise", step(2)]))
-    folder = run_rl(config)
+    (folder,) = run_all([config])
     assert folder == config.output / "hf"
     assert rundir.is_done(config.output) and rundir.is_done(folder)
     assert (folder / "model.safetensors").read_bytes() == b"better"
@@ -261,12 +316,12 @@ def test_stale_weights_stop_a_run_and_its_saves_stay(replaced: Replaced, use: Us
     config = replaced(num_steps=4)
     use(SavingEngine(stale_at(3, runs=1)))
     with pytest.raises(OctoError, match=r"step 3: vllm_kl is -0.09.*old weights.*save from before step 3 is of step 2"):
-        run_rl(config)
+        run_all([config])
     assert not rundir.is_done(config.output) and not (config.output / "hf").exists()
     assert saves.checkpoints(config.output) == saves.copies(config.output) == [1, 2]
     engine = SavingEngine()
     use(engine)
-    run_rl(config)
+    run_all([config])
     assert engine.stages == [(2, "16")]
 
 
@@ -275,7 +330,7 @@ def test_a_step_without_numbers_stops_a_run_before_it_is_saved(config: RLConfig,
     with pytest.raises(
         OctoError, match="step 1: rl/vllm_kl, optim/grad_norm: no finite number; no save is from before"
     ):
-        run_rl(config)
+        run_all([config])
     assert saves.checkpoints(config.output) == []
 
 
@@ -293,7 +348,7 @@ def test_a_step_at_fault_that_openrlhf_saved_while_it_was_ended_is_not_gone_on_f
     config = replaced(num_steps=4)
     use(Late(lambda number, _: step(number, policy_loss=float("nan") if number == 3 else 0.0)))
     with pytest.raises(OctoError, match=r"step 3: rl/policy_loss: no finite number; the last save .* is of step 2"):
-        run_rl(config)
+        run_all([config])
     assert saves.checkpoints(config.output) == [1, 2] and saves.last(config.output) == 2
 
 
@@ -301,7 +356,7 @@ def test_a_gpu_s_kernels_may_differ_more(config: RLConfig, use: Use, monkeypatch
     use(FakeEngine([step(1), step(2, vllm_kl=0.01)]))
     monkeypatch.setattr(run, "has_gpu", lambda: True)
     monkeypatch.setattr(preflight, "visible_gpus", lambda: 1)
-    run_rl(config)
+    run_all([config])
     assert rundir.is_done(config.output)
 
 
@@ -311,7 +366,7 @@ def test_a_run_rolls_back_to_the_save_before_the_trouble_and_draws_other_samples
     config = replaced(num_steps=4, keep_last_saves=3, watch=RLWatchConfig(on_stale_weights="roll_back"))
     engine = SavingEngine(stale_at(3, runs=1))
     use(engine)
-    run_rl(config)
+    run_all([config])
     assert engine.stages == [(0, "16"), (2, "16")]
     assert engine.seeds == ["42", "43"]
     assert "rolled back to step 2" in caplog.text
@@ -327,7 +382,7 @@ def test_roll_backs_are_bounded_and_counted_across_restarts(replaced: Replaced, 
     use(engine)
     for runs in (3, 4):
         with pytest.raises(OctoError, match="after 2 roll backs; the last save from before step 3 is of step 2"):
-            run_rl(config)
+            run_all([config])
         assert len(engine.stages) == runs
     assert engine.seeds == ["42", "43", "44", "44"]
 
@@ -336,10 +391,10 @@ def test_a_run_that_was_stopped_goes_on_with_another_policy(replaced: Replaced, 
     config = replaced(num_steps=4)
     use(SavingEngine(stale_at(3, runs=1)))
     with pytest.raises(OctoError):
-        run_rl(config)
+        run_all([config])
     engine = SavingEngine(stale_at(3, runs=1))
     use(engine)
-    run_rl(replace(config, watch=RLWatchConfig(on_stale_weights="log")))
+    run_all([replace(config, watch=RLWatchConfig(on_stale_weights="log"))])
     assert engine.stages == [(2, "16")] and rundir.is_done(config.output)
 
 
@@ -352,16 +407,16 @@ def test_a_first_save_that_a_job_has_no_time_for_is_said_once_and_a_rerun_may_sa
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 8.5 * 60))
     use(FakeEngine(lines, failure="killed"))
     with pytest.raises(OctoError, match="killed"):
-        run_rl(config)
+        run_all([config])
     assert "will be lost" not in caplog.text
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 5 * 60))
     with pytest.raises(OctoError, match="killed"):
-        run_rl(config)
+        run_all([config])
     assert "the first save of this start, of step 10, is 8m00s away, and this job's time is up in" in caplog.text
     assert caplog.text.count("will be lost") == 1
     engine = SavingEngine(lambda number, run: step(number, **seconds))
     use(engine)
-    run_rl(replace(config, save_every_steps=5))
+    run_all([replace(config, save_every_steps=5)])
     assert rundir.is_done(config.output)
 
 
@@ -370,7 +425,7 @@ def test_our_numbers_are_in_tensorboard_and_a_roll_back_purges_them(replaced: Re
 
     config = replaced(num_steps=3, watch=RLWatchConfig(on_stale_weights="roll_back"))
     use(SavingEngine(stale_at(3, runs=1)))
-    run_rl(config)
+    run_all([config])
     events = EventAccumulator(str(config.output / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("rl/vllm_kl")] == [1, 2, 3]
@@ -379,7 +434,7 @@ def test_our_numbers_are_in_tensorboard_and_a_roll_back_purges_them(replaced: Re
 
 def test_failed_rewards_are_reported(config: RLConfig, use: Use, caplog: pytest.LogCaptureFixture) -> None:
     use(FakeEngine([step(1, reward_error=0.25), step(2)]))
-    run_rl(config)
+    run_all([config])
     assert "step 1: 25.0% of the rewards failed" in caplog.text
 
 
@@ -387,7 +442,7 @@ def test_a_failure_shows_its_cause_and_the_log(config: RLConfig, use: Use) -> No
     lines = [step(1), "Traceback (most recent call last):", "ValueError: no such head", "INFO shutdown complete"]
     use(FakeEngine(lines, failure="RayTaskError"))
     with pytest.raises(OctoError) as failed:
-        run_rl(config)
+        run_all([config])
     assert "RayTaskError" in failed.value.what and "ValueError: no such head" in failed.value.what
     assert "shutdown complete" not in failed.value.what
     assert str(config.output / "log/openrlhf.log") in failed.value.fix
@@ -396,7 +451,7 @@ def test_a_failure_shows_its_cause_and_the_log(config: RLConfig, use: Use) -> No
 def test_steps_that_were_not_reported_fail_the_run(config: RLConfig, use: Use) -> None:
     use(FakeEngine([step(1)]))
     with pytest.raises(VerificationError, match="reported 1 steps instead of 2"):
-        run_rl(config)
+        run_all([config])
 
 
 def checkpoint(config: RLConfig, number: int, *, latest: bool) -> Path:
@@ -410,11 +465,11 @@ def checkpoint(config: RLConfig, number: int, *, latest: bool) -> Path:
 def test_a_killed_run_goes_on_after_its_last_whole_checkpoint(config: RLConfig, use: Use) -> None:
     use(FakeEngine([step(1, acc=0.1), step(2, acc=0.2)], failure="killed"))
     with pytest.raises(OctoError):
-        run_rl(config)
+        run_all([config])
     whole, torn = checkpoint(config, 1, latest=True), checkpoint(config, 2, latest=False)
     shutil.rmtree(config.output / "log")
     use(FakeEngine([step(2, acc=0.9)]))
-    run_rl(config)
+    run_all([config])
     assert whole.exists() and not torn.exists()
     rows = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["rl/accuracy"]) for row in rows] == [(1, 0.1), (2, 0.9)]
@@ -426,7 +481,7 @@ def test_a_step_whose_line_was_lost_has_its_updates_too(
 ) -> None:
     monkeypatch.setattr(collect, "read_events", lambda folder: {1: {"step": 1, "rl/accuracy": 0.9}})
     use(FakeEngine([step(2)]))
-    run_rl(config)
+    run_all([config])
     rows = collect.read_metrics(config.output / "metrics.jsonl")
     assert [(row["step"], row["rl/updates"]) for row in rows] == [(1, 2), (2, 4)]
 
@@ -435,7 +490,7 @@ def test_a_run_killed_in_its_first_save_starts_over(config: RLConfig, use: Use) 
     rundir.write_json(config.output / "config.json", to_dict(config))
     torn = checkpoint(config, 1, latest=False)
     use(FakeEngine([step(1), step(2)]))
-    run_rl(config)
+    run_all([config])
     assert not torn.exists()
 
 

@@ -134,3 +134,11 @@ def test_the_hash_of_a_folder_changes_with_any_content_or_name(tmp_path):
     (tmp_path / "a.bin").rename(tmp_path / "b.bin")
     third = rundir.sha256_folder(tmp_path, "*.bin")
     assert len({first, second, third}) == 3
+
+
+def test_a_file_asks_once(tmp_path):
+    path = tmp_path / rundir.STOP
+    assert not rundir.take_file(path)
+    path.touch()
+    assert rundir.take_file(path)
+    assert not rundir.take_file(path)

@@ -1,4 +1,4 @@
-"""What asks a rank to stop or to save."""
+"""Signals that ask a rank to stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from megatron_octo.train.votes import stop_signals, take_file
+from megatron_octo.train.votes import stop_signals
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
@@ -18,11 +18,3 @@ def test_a_signal_is_noted_and_ends_nothing(signum):
         os.kill(os.getpid(), signum)
         assert received == [signum, signum]
     assert signal.getsignal(signum) == before
-
-
-def test_a_file_asks_once(tmp_path):
-    path = tmp_path / "STOP"
-    assert not take_file(path)
-    path.touch()
-    assert take_file(path)
-    assert not take_file(path)
