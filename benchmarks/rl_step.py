@@ -37,7 +37,7 @@ from megatron_octo.data.synthetic import generate
 from megatron_octo.data.tokenizer_training import train_tokenizer
 from megatron_octo.rl.cluster import Cluster
 from megatron_octo.rl.collect import METRICS, Row, read_metrics
-from megatron_octo.rl.run import run_rl
+from megatron_octo.rl.run import run_all
 
 MINIATURE = Path(__file__).parent.parent / "recipes" / "miniature.py"
 PARTS = {"generation": "rl/generation_s", "experience": "rl/experience_s", "update": "rl/train_s", "sync": "rl/sync_s"}
@@ -61,7 +61,7 @@ def main() -> None:
             longer_responses=(),
             save_every_steps=5,
         )
-        follower_s = followed(lambda: run_rl(config)) / config.num_steps
+        follower_s = followed(lambda: run_all([config])) / config.num_steps
         rows = read_metrics(config.output / METRICS)[WARMUP_STEPS:]
     result = summary(config, rows, follower_s)
     if asked.json:

@@ -17,6 +17,7 @@ from megatron_octo.rl.run import has_gpu
 from tests.conftest import REPOSITORY
 from tests.cpu.test_pipeline_killed import NUM_STEPS, small_road
 from tests.slurm.cluster import Cluster
+from tests.slurm.test_scripts import output
 
 RL_STEPS = 2
 
@@ -49,9 +50,8 @@ def test_every_stage_of_the_road_is_a_job_that_ends_well(slurm: Cluster, checkou
     }
     assert len(jobs) == len(list(stages(road)))
     for name, job in jobs.items():
-        text = next((checkout / "slurm" / "logs").glob(f"*-{job}.out"))
-        assert slurm.wait_end(job, 900) == "COMPLETED", f"{name}: {text.read_text()[-3000:]}"
-        assert slurm.field(job, "Restarts") == "0", f"{name}: {text.read_text()[-3000:]}"
+        state = slurm.wait_end(job, 900)
+        assert (state, slurm.field(job, "Restarts")) == ("COMPLETED", "0"), f"{name}: {output(checkout, job)[-3000:]}"
     assert all(stage.done for stage in stages(road) if stage.outputs)
     assert (rundir.run_folder(road.name) / "report" / "report.html").exists()
     (rl,) = road.rl
