@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--skip-verify", action="store_true", help="do not compare the result with what it came from")
     for each in (exporting, verifying):
         each.add_argument(
-            "--config", metavar="HF", type=Path, help="of a plain Megatron checkpoint: a folder of a model of its shape"
+            "--config", metavar="HF", type=Path, help="of a plain Megatron checkpoint: a folder with its settings"
         )
     for each in (importing, exporting, verifying):
         each.add_argument(
@@ -118,12 +118,13 @@ def _from_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import hf_folder, sample
     from megatron_octo.convert.from_hf import from_hf
     from megatron_octo.convert.hub_model import find_model
-    from megatron_octo.convert.output import finished
+    from megatron_octo.convert.output import check_room, finished
 
     found = find_model(own.hf, own.revision, weights=False)
     hf = found.folder
     model = hf_folder.read_model_config(hf)
-    finished(own.output, "import", overwrite=own.overwrite)  # what can be refused is, before a long download
+    if finished(own.output, "import", overwrite=own.overwrite) is None:
+        check_room(own.output, hf_folder.num_bytes(model, "bf16"))  # or more; refused before a long download
     if own.dry_run and Path(own.hf).is_dir():
         hf_folder.Weights(hf).check(model)
     elif not own.dry_run:
@@ -142,8 +143,8 @@ def _from_hf(own: argparse.Namespace) -> None:
 
 def _to_hf(own: argparse.Namespace) -> None:
     from megatron_octo.convert import sample
-    from megatron_octo.convert.hf_folder import read_tokenizer
-    from megatron_octo.convert.output import finished
+    from megatron_octo.convert.hf_folder import num_bytes, read_tokenizer
+    from megatron_octo.convert.output import check_room, finished
     from megatron_octo.convert.save import Save, find_save, model_of
     from megatron_octo.convert.to_hf import to_hf
 
@@ -153,7 +154,8 @@ def _to_hf(own: argparse.Namespace) -> None:
     tokenizer = own.tokenizer or own.config or _default_tokenizer(folder)
     if own.dry_run:
         Save(folder, own.config)  # its tensors are those of the model
-        finished(output, "export", overwrite=own.overwrite)
+        if finished(output, "export", overwrite=own.overwrite) is None:
+            check_room(output, num_bytes(model, own.dtype))
         read_tokenizer(tokenizer, model)
     else:
         to_hf(

@@ -18,6 +18,8 @@ PLAN = "plan.json"
 UNFINISHED = "unfinished"
 MAX_FILE_BYTES = 2_000_000_000
 """Largest weight file written: small enough to be in the page cache still when it is read back."""
+BESIDE_BYTES = 64 << 20
+"""Room for what is not weights: headers, an index with a line a tensor, tokenizer, licence, records."""
 
 
 def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Lineage | None:
@@ -46,16 +48,19 @@ def finished(output: Path, kind: lineage.Kind, *, overwrite: bool) -> lineage.Li
 
 
 def check_room(output: Path, num_bytes: int) -> None:
-    """Refuse a disk that cannot hold the weights; what a killed attempt left is kept or makes room.
+    """Refuse a disk that cannot hold `num_bytes` of weights and what goes with them.
+
+    What a killed attempt left is kept or makes room.
 
     Raises:
         BadInput: so it is.
     """
     left = sum(path.stat().st_size for path in _partial_folder(output).rglob("*"))
     free = rundir.free_bytes(output.resolve()) + left
-    if free < num_bytes:
+    needed = num_bytes + BESIDE_BYTES
+    if free < needed:
         raise BadInput(
-            f"the weights take {console.size(num_bytes)} on the disk of {output}, and {console.size(free)} are free",
+            f"the result takes up to {console.size(needed)} on the disk of {output}, and {console.size(free)} are free",
             fix="free some, or choose another folder",
         )
 

@@ -128,8 +128,11 @@ class Save:
         tensor = self._reader.read(alone) if alone in self._keys else self._reader.read(key, layer)
         return tensor[: self.model.vocab_size] if key in VOCABULARY else tensor
 
-    def left_out(self) -> Iterator[str]:
-        """What the model of `config` does not have, and is passed over: a sentence each."""
+    def warnings(self) -> Iterator[str]:
+        """What nobody can check of a plain checkpoint, and what is left out of it: a sentence each."""
+        if self._config is not None:
+            unseen = "rotary base and scaling, epsilon of the norms"
+            yield f"{self.folder}: {unseen} are those of {self._config}: no tensor shows whether it was trained so"
         if self.vocab_rows != self.model.vocab_size:
             rows = f"{self.vocab_rows:,} rows of a vocabulary of {self.model.vocab_size:,}"
             yield f"{self.folder} has {rows}: the rest is padding, and left out"

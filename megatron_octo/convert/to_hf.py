@@ -78,7 +78,7 @@ def to_hf(
                 rest.write_card(output, done)
             log.info("%s is there already, made from %s", output, save)
             return output
-        for told in source.left_out():
+        for told in source.warnings():
             log.warning("%s", told)
         check_room(output, hf_folder.num_bytes(source.model, dtype))
 

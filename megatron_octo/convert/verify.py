@@ -54,6 +54,8 @@ class Report:
     """Rows of the vocabulary that were compared."""
     vocab_rows: int = 0
     """Rows of it in the save; those after `vocab_size` are padding of a plain checkpoint, and left out."""
+    settings: str = ""
+    """The folder that a plain checkpoint's settings are taken from; what no tensor shows of them is not proven."""
     num_positions: int = 0
     """Positions whose logits were compared, in fp32, with the weights as exported; 0 where that was left out."""
     max_logit_difference: float = 0.0
@@ -92,7 +94,12 @@ def verify(
     source = Save(save, config)
     try:
         report = _compare(source, hf, text, weights=weights, logits=logits)
-        report = replace(report, vocab_size=source.model.vocab_size, vocab_rows=source.vocab_rows)
+        report = replace(
+            report,
+            vocab_size=source.model.vocab_size,
+            vocab_rows=source.vocab_rows,
+            settings="" if config is None else str(config),
+        )
     except (BadInput, VerificationError):
         if into is not None:
             (into / REPORT).unlink(missing_ok=True)

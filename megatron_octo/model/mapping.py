@@ -152,6 +152,11 @@ def model_config_from_hf(config: dict[str, Any], *, origin: str = "config.json")
             f"{origin}: model_type {kind!r} is not supported",
             fix=f"{f'did you mean {near[0]!r}? ' if near else ''}supported: {', '.join(FAMILIES)}",
         )
+    named, architecture = config.get("architectures"), FAMILIES[kind].architecture
+    if named and architecture.lower() not in str(named).lower():
+        raise BadInput(
+            f"{origin}: a {kind} of the architectures {named} is not supported", fix=f"give a model of {architecture}"
+        )
     try:
         return _read(FAMILIES[kind], config, origin)
     except KeyError as error:

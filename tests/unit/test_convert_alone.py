@@ -42,7 +42,7 @@ from megatron_octo.convert.to_hf import to_hf
 
 work = Path(sys.argv[1])
 from_hf(work / "base", work / "import", logits=False)
-to_hf(work / "import", work / "export", work / "words", dtype="fp32", verify=False)
+to_hf(work / "import", work / "export", work / "words", dtype="fp32", logits=False)
 """
 
 
@@ -107,10 +107,10 @@ def test_code_planted_in_a_checkpoint_does_not_run_when_it_is_converted(work: Pa
     (save / ".metadata").write_bytes(pickle.dumps(index))
     if place in ("tensor", ".metadata"):
         with pytest.raises(BadInput):
-            to_hf(save, work / "export", work / "words", verify=False)
+            to_hf(save, work / "export", work / "words", logits=False)
         assert not (work / "export").exists()
     else:
-        to_hf(save, work / "export", work / "words", verify=False)
+        to_hf(save, work / "export", work / "words", logits=False)
     assert not mark.exists()
     torch.load(save / "planted", weights_only=False)
     assert mark.exists(), "the payload is one: plain torch.load runs it"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_octo import lineage, rundir
 from megatron_octo.budget.ledger import LedgerRecord, SourceTokens
+from megatron_octo.cli import convert as cli
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.pipeline import RandomBaseConfig
 from megatron_octo.convert import hf_folder, model_card, output, torch_dist
@@ -356,7 +357,7 @@ def test_an_output_may_be_the_empty_folder_one_stands_in_and_not_below_a_file(
 def test_too_small_a_disk_is_told_before_anything_is_written(
     made: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    needed, disk = 4 * MODEL.num_parameters, namedtuple("Usage", "free")
+    needed, disk = 4 * MODEL.num_parameters + output.BESIDE_BYTES, namedtuple("Usage", "free")
     before = snapshot(tmp_path)
 
     def convert() -> None:
@@ -365,9 +366,18 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
         else:
             to_hf(made / "import", tmp_path / "out", words, dtype="fp32", verify=False)
 
+    words_of = {
+        "in": ["from-hf", made / "base", tmp_path / "import"],
+        "out": ["to-hf", made / "import", tmp_path / "out"],
+    }
+    options = ["--dry-run"] if way == "in" else ["--dry-run", "--dtype", "fp32", "--tokenizer", words]
+    dry = cli.parse(list(map(str, words_of[way] + options)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(needed - 1))
     with pytest.raises(BadInput, match="are free"):
         convert()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(needed // 2))
+    with pytest.raises(BadInput, match="are free"):
+        dry.run(dry)
     assert snapshot(tmp_path) == before
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(needed))
     convert()

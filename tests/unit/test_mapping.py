@@ -54,7 +54,8 @@ NUMBERS = (
 
 
 def hf_dict(model: ModelConfig = MODEL, **changes: Any) -> dict[str, Any]:
-    return {**mapping.hf_config(model, dtype="bfloat16", bos=1, eos=2), **changes}
+    whole = mapping.hf_config(model, dtype="bfloat16", bos=1, eos=2)
+    return {**whole, **({"architectures": None} if "model_type" in changes else {}), **changes}
 
 
 def weight(name_part: str, model: ModelConfig = MODEL) -> mapping.Weight:
@@ -218,6 +219,7 @@ def test_fields_that_a_config_leaves_out_have_transformers_defaults() -> None:
     ("changes", "told"),
     [
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported"),
+        ({"architectures": ["MixtralForCausalLM"]}, r"architectures \['MixtralForCausalLM'\] is not supported"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
