@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from megatron_octo import console, rundir
@@ -20,7 +21,7 @@ from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.launch.pipeline import check, write_settings
-from megatron_octo.launch.preflight import faults, node_name
+from megatron_octo.launch.preflight import driver, faults, node_name
 from megatron_octo.launch.slurm import Job, Shape, check_logs, check_shape, job, requested, tree
 from megatron_octo.platform.process import terminate_as_interrupt
 from megatron_octo.report.jobs import queue
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     pipeline.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] RECIPE")
     pipeline.set_defaults(run=_tree)
     preflight = commands.add_parser(
-        "preflight", help="is this node fit? prints `NODE ok`, its time in seconds, or `NODE bad: why`"
+        "preflight", help="is this node fit? prints `NODE ok`, its time in seconds and its driver, or `NODE bad: why`"
     )
     preflight.add_argument("--gpus", type=int, default=0, help="GPUs that it must have")
     preflight.add_argument("--command", default="", help="a check of the site's own")
@@ -121,6 +122,8 @@ def _plan(own: argparse.Namespace) -> None:
     rundir.write_atomic(own.records / "plan.txt", arithmetic + "\n")
     if found.config:
         rundir.write_json(own.records / "config.json", to_dict(found.config))
+    packages = sorted(f"{each.name}=={each.version}\n" for each in metadata.distributions())
+    rundir.write_atomic(own.records / "packages.txt", "".join(packages))
     rundir.write_atomic(own.records / "argv", "".join(f"{arg}\n" for arg in found.argv))
 
 
@@ -142,7 +145,8 @@ def _check_inputs(found: Job, shape: Shape) -> None:
 
 def _preflight(own: argparse.Namespace) -> None:
     found = faults(num_gpus=own.gpus, runs=rundir.runs_root(), command=own.command)
-    console.emit(f"{node_name()} {'bad: ' + '; '.join(found) if found else f'ok {time.time():.0f}'}")
+    said = f"bad: {'; '.join(found)}" if found else f"ok {time.time():.0f} {driver() if own.gpus else '-'}"
+    console.emit(f"{node_name()} {said}")
     if found:
         raise OctoError(f"node {node_name()} is not fit: {'; '.join(found)}", fix="leave it out: sbatch --exclude")
 

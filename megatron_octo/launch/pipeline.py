@@ -209,8 +209,10 @@ def _train_and_export(config: PipelineConfig, stage: MidTrainConfig) -> Iterator
     settings = str(stage_file(config, stage))
     argv = ("train", settings, "--ranks", str(config.train_ranks))
     yield Stage(name=f"train {stage.name}", argv=argv, outputs=(run_folder,))
-    export = run_folder / "hf" / f"step_{stage.num_steps:08d}"
-    yield Stage(name=f"export {stage.name}", argv=("convert", "to-hf", str(run_folder), str(export)), outputs=(export,))
+    last = rundir.step_folder(run_folder, stage.num_steps)
+    export = run_folder / "hf" / last.name
+    # by name: the run's newest save is an earlier one after a STOP file
+    yield Stage(name=f"export {stage.name}", argv=("convert", "to-hf", str(last), str(export)), outputs=(export,))
 
 
 def _evaluate(config: PipelineConfig, when: str) -> Stage:

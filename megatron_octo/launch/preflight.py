@@ -16,6 +16,13 @@ LEAST_SHARED_BYTES = 1 << 30  # NCCL's and the data loader's
 LEAST_DISK_BYTES = 2 << 30
 MOST_GPU_MIB_IN_USE = 1024  # of a GPU nobody else should be on
 QUERY = ("index", "memory.used", "ecc.errors.uncorrected.volatile.total")
+FINE = {
+    "gpu_recovery_action": ("None",),
+    "remapped_rows.pending": ("0", "No"),
+    "remapped_rows.failure": ("0", "No"),
+}
+"""What a driver says of a GPU that needs no reset or repair after an error (Xid). Older drivers do not know all."""
+UNKNOWN = ("N/A", "Not Supported")
 NVIDIA_SMI_TIMEOUT_S = 120  # a GPU that fell off the bus lets it hang
 COMMAND_TIMEOUT_S = 900
 
@@ -58,6 +65,10 @@ def _gpu_faults(num_gpus: int) -> Iterator[str]:
         return
     if len(rows) < num_gpus:
         yield f"{len(rows)} of {num_gpus} GPUs"
+    for field, fine in FINE.items():
+        for gpu, value in _values("index", field):
+            if value not in fine and not any(each in value for each in UNKNOWN):
+                yield f"GPU {gpu}: {field} is {value}: after an error it asks for a reset or a repair"
     for index, used_mib, errors in rows:
         if used_mib > MOST_GPU_MIB_IN_USE:
             yield f"GPU {index}: {used_mib:,} MiB are in use"
@@ -65,14 +76,35 @@ def _gpu_faults(num_gpus: int) -> Iterator[str]:
             yield f"GPU {index}: {errors} uncorrected memory errors"
 
 
+def driver() -> str:
+    """The version of this node's NVIDIA driver, `-` where none answers."""
+    return next((version for (version,) in _values("driver_version")), "-")
+
+
 def _gpus() -> list[tuple[int, int, int]]:
     """(index, MiB in use, uncorrected errors) of each GPU; a card without ECC says so, and counts none."""
-    asked = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    return [(int(i), int(used), int(errors) if errors.isdigit() else 0) for i, used, errors in _query(*QUERY)]
+
+
+def _values(*fields: str) -> list[list[str]]:
+    """As `_query`; nothing where the driver does not know one of the fields."""
+    try:
+        return [row for row in _query(*fields) if len(row) == len(fields)]
+    except (OSError, OctoError, subprocess.SubprocessError):
+        return []
+
+
+def _query(*fields: str) -> list[list[str]]:
+    """A row a GPU.
+
+    Raises:
+        OctoError: the driver refuses.
+    """
+    asked = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     run = subprocess.run(asked, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
     if run.returncode != 0:
         raise OctoError((run.stdout or run.stderr).strip().splitlines()[-1][:200] if run.stdout or run.stderr else "")
-    rows = [[cell.strip() for cell in line.split(",")] for line in run.stdout.splitlines() if line.strip()]
-    return [(int(i), int(used), int(errors) if errors.isdigit() else 0) for i, used, errors in rows]
+    return [[cell.strip() for cell in line.split(",")] for line in run.stdout.splitlines() if line.strip()]
 
 
 def _failure(command: str) -> str:

@@ -95,25 +95,36 @@ make_plan() { # NAME [ARGUMENTS]
     code=${PIPESTATUS[0]}
     RUN=$(cat "$LOGS/run" 2>/dev/null)
     give_way
+    ((code == 0 || code == 2)) || check_nodes # it may be this node's fault
     ((code == 0)) || go_on "$code" "$(reason "$LOGS/plan.log")"
     mapfile -t ARGV <"$LOGS/argv"
 }
 
 check_nodes() {
-    local bad before said
+    local bad before said unreached
     before=$(date +%s)
     "${SRUN[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --time=20 \
         --output="$LOGS/preflight.txt" "${OCTO[@]}" slurm preflight --gpus "$GPUS" \
-        --command "$OCTO_PREFLIGHT"
+        --command "$OCTO_PREFLIGHT" 2>"$LOGS/preflight_srun.txt"
+    cat "$LOGS/preflight_srun.txt" >&2
     give_way
     # each said its time, which is between this node's before and after, however long it took to start
     said=$(awk -v before="$before" -v after="$(date +%s)" -v most="$MOST_CLOCK_S" '
         $2 == "ok" { off = $3 < before ? $3 - before : $3 > after ? $3 - after : 0 }
         $2 == "ok" && off * off > most * most { $0 = $1 " bad: its clock is " off " s off that of the first node" }
         { print }' "$LOGS/preflight.txt")
-    # a node that said nothing is bad too
-    bad=$(comm -23 <(sort "$LOGS/hosts") <(sed -n 's/ ok .*//p' <<<"$said" | sort) | paste -sd,)
+    if (($(awk '$2 == "ok" { print $4 }' "$LOGS/preflight.txt" | sort -u | wc -l) > 1)); then
+        say "the nodes' drivers differ: $(awk '$2 == "ok" { print $1 " " $4 }' "$LOGS/preflight.txt" | paste -sd,)"
+    fi
+    unreached=$(sed -En 's/.* failed on node ([^: ]+).*/\1 bad: it could not be reached/p' "$LOGS/preflight_srun.txt" | sort -u)
+    if [[ $unreached ]]; then # srun ended the other nodes' tasks because of it
+        said=$(echo "$said"; echo "$unreached")
+        bad=$(sed -n 's/ bad: .*//p' <<<"$said" | sort -u | paste -sd,)
+    else # a node that said nothing is bad too
+        bad=$(comm -23 <(sort "$LOGS/hosts") <(sed -n 's/ ok .*//p' <<<"$said" | sort) | paste -sd,)
+    fi
     [[ $bad ]] || return 0
+    [[ $said ]] || go_on 1 "no node said how it is: $(reason "$LOGS/preflight_srun.txt")"
     if [[ $bad == "$(sort "$LOGS/hosts" | paste -sd,)" ]]; then
         finish failed 1 "no node passed the preflight: $(grep -m1 ' bad: ' <<<"$said")"
     fi
@@ -123,7 +134,7 @@ check_nodes() {
 
 run_ranks() {
     local tasks=(--nodes=1 --ntasks=1) part=() srun
-    MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+    MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12768)) # below those that Linux gives out
     SLURM_JOB_END_TIME=$(date -d "$(field EndTime)" +%s 2>/dev/null) # newer Slurms set it; empty without a time limit
     export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
     if [[ ${ARGV[0]} == rl ]] && ((${#HOSTS[@]} > 1)); then # one Ray of all nodes
@@ -145,7 +156,8 @@ run_ranks() {
     CODE=$?
     cat "$LOGS/srun.txt" >&2
     # srun's own code is the highest: that of ranks that were ended because of the first
-    ((CODE == 0)) || CODE=$(grep -m1 -oP 'Exited with exit code \K\d+' "$LOGS/srun.txt" || echo "$CODE")
+    FIRST=$(grep -m1 -E '^srun: error: .*\btasks? ' "$LOGS/srun.txt")
+    ((CODE == 0)) || CODE=$(grep -oP 'Exited with exit code \K\d+' <<<"$FIRST" || echo "$CODE")
 }
 
 end_job() {
@@ -161,7 +173,10 @@ end_job() {
         go_on "$CODE" "$ASKED $(last_save)" "let it save more often (--save-every-steps), or $TIME"
     fi
     [[ $SIGNAL == USR1 && ! $RUN ]] && go_on "$CODE" "its time limit was near" "$TIME"
-    go_on "$CODE" "exit code $CODE: $(reason "$LOGS/ranks.txt")"
+    if [[ $FIRST && $FIRST != *'Exited with exit code'* ]]; then # killed, or out of memory: it could not say why
+        go_on "$CODE" "${FIRST#srun: error: }"
+    fi
+    go_on "$CODE" "exit code $CODE: $(reason "$LOGS/ranks.txt" "$LOGS/srun.txt")"
 }
 
 go_on() { # EXIT_CODE REASON [FIX]: queue the job again, unless too many starts got it no further
@@ -185,8 +200,8 @@ last_save() { # the step of the run's last save, 0 without one
     echo "${steps:-0}"
 }
 
-reason() { # LOG: what failed, by the first line that says so
-    grep -hm1 -oE 'octo [a-z]+: .*|[A-Za-z.]*Error: .*|srun: error: .*' "$1" || echo "see $1"
+reason() { # LOG...: what failed, by the first line that says so
+    grep -hoE 'octo [a-z]+: .*|[A-Za-z.]*Error: .*|srun: error: .*' "$@" | head -n 1 | grep . || echo "see $1"
 }
 
 requeue() { # REASON [NODES]: start again, without these nodes

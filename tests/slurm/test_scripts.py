@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -250,6 +251,47 @@ def test_a_clock_that_is_off_is_told_from_a_slow_start(slurm, stubbed):
     assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
     assert re.search(r"node1 bad: its clock is -3\d{3} s off that of the first node", output(stubbed, job))
     assert {node for _, _, _, _, node, *_ in tasks(stubbed, f"{job}.1")} == {"node2", "node3"}
+
+
+def test_a_node_that_cannot_be_reached_is_left_out_alone(slurm, stubbed):
+    site = stubbed / "slurm" / "site.sh"
+    site.write_text(f"{site.read_text()}export OCTO_PREFLIGHT='sleep 25'\n")  # longer than srun tries to start a task
+    job = submit(slurm, stubbed, "--nodes=4", "slurm/stable_200b.sh", STUB_PLAN_S="5")
+    slurm.wait(job, (stubbed / "runs" / "slurm" / f"{job}.0" / "job.txt").exists)
+    os.kill(int((slurm.folder / "slurmd.node2.pid").read_text()), signal.SIGKILL)
+    try:
+        slurm.wait(job, lambda: (stubbed / "runs" / "slurm" / f"{job}.0" / "state").read_text().startswith("requeued"))
+        state = (stubbed / "runs" / "slurm" / f"{job}.0" / "state").read_text()
+        assert state == "requeued without node2, which failed the preflight\n"
+        assert "node2 bad: it could not be reached" in output(stubbed, job)
+    finally:
+        slurm("scancel", job)
+        slurm("slurmd", "-N", "node2")
+
+
+@pytest.mark.parametrize("bad", ["node1", "node2"])
+def test_a_node_on_which_nothing_starts_is_left_out_be_it_the_first(slurm, stubbed, bad):
+    lost, site = stubbed / "bin" / "lost", stubbed / "slurm" / "site.sh"
+    lost.write_text(
+        f"#!/bin/bash\n[[ $SLURMD_NODENAME == {bad} && $SLURM_STEP_ID ]] && exec /nowhere/python\n"
+        f'exec {stubbed}/bin/stub "$@"\n'
+    )
+    lost.chmod(0o755)
+    site.write_text(f"{site.read_text()}OCTO_PYTHON={lost}\n")
+    job = submit(slurm, stubbed, "--nodes=2", "slurm/stable_200b.sh")
+    assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+    assert slurm.field(job, "ExcNodeList") == bad
+
+
+def test_a_rank_that_is_killed_is_the_reason(slurm, stubbed):
+    job = submit(slurm, stubbed, "--nodes=1", "--gpus-per-node=2", "slurm/stable_200b.sh", STUB_WAITS="1")
+    records = stubbed / "runs" / "slurm" / f"{job}.0"
+    ranks = records / "ranks.txt"
+    slurm.wait(job, lambda: ranks.exists() and ranks.read_text().count("\n") == 2)
+    os.kill([pid for pid, argv, _ in slurm.processes(job) if "train" in argv][-1], signal.SIGKILL)
+    slurm.wait(job, lambda: not (records / "state").read_text().startswith("running"))
+    assert re.match(r"requeued node1: task \d: Killed\n", (records / "state").read_text())
+    slurm("scancel", job)
 
 
 def test_a_job_ends_where_no_node_passes_the_preflight(slurm, stubbed):

@@ -202,6 +202,39 @@ def test_a_gpu_that_is_missing_in_use_or_broken_is_found(nvidia_smi: Path, tmp_p
     assert all(each.startswith(start) for each, start in zip(said, found, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("field", "values", "found"),
+    [
+        ("gpu_recovery_action", "None None", []),
+        ("gpu_recovery_action", "None Reset", ["GPU 1: gpu_recovery_action is Reset: "]),
+        ("remapped_rows.pending", "No Yes", ["GPU 1: remapped_rows.pending is Yes: "]),
+        ("remapped_rows.failure", "1 0", ["GPU 0: remapped_rows.failure is 1: "]),
+        ("remapped_rows.failure", "[N/A] [Not Supported]", []),
+    ],
+)
+def test_what_an_error_left_on_a_gpu_is_found_where_the_driver_tells(nvidia_smi: Path, tmp_path, field, values, found):
+    first, second = values.split(maxsplit=1)
+    nvidia_smi.write_text(
+        "#!/bin/sh\n"
+        f"case $1 in *=index,memory.used,*) echo '0, 4, 0'; echo '1, 4, 0';;\n"
+        f"*=index,{field}) echo '0, {first}'; echo '1, {second}';;\n"
+        "*=driver_version) echo 580.95.05; echo 580.95.05;;\n"
+        '*) echo "Field $1 is not a valid field to query."; exit 2;; esac\n'
+    )
+    nvidia_smi.chmod(0o755)
+    said = preflight.faults(num_gpus=2, runs=tmp_path)
+    assert len(said) == len(found) and all(map(str.startswith, said, found))
+    assert preflight.driver() == "580.95.05"
+
+
+def test_an_export_in_a_tree_names_the_last_save_of_its_run():
+    config = load_recipe("recipes/road.py:llama32_3b", PipelineConfig)
+    for stage in (config.stable, *config.branches):
+        (export,) = (each for each in tree(config) if each.name == f"export {stage.name}")
+        save = rundir.step_folder(rundir.run_folder(stage.name), stage.num_steps)
+        assert export.args[:2] == ("to-hf", str(save)), "a stopped run's newest save is an earlier one"
+
+
 @pytest.mark.parametrize("site", sorted((REPOSITORY / "slurm" / "sites").glob("*.sh")), ids=lambda path: path.stem)
 @pytest.mark.parametrize(("bandwidth", "fault"), [("480.2", ""), ("41.5", "41.5 GB/s"), (None, "0 GB/s")])
 def test_the_example_of_a_bandwidth_check_finds_slow_nodes(nvidia_smi, tmp_path, site, bandwidth, fault):
