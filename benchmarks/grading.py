@@ -46,7 +46,7 @@ def compare() -> dict[str, Any]:
 def math_verify(answer: str, reference: str) -> bool:
     """Its verdict on the pair as it is; none counts as no."""
     try:
-        return symbolic.equal(answer, reference)
+        return symbolic.equal((answer, reference))
     except symbolic.Undecided:
         return False
 

@@ -22,8 +22,9 @@ _REPEATING = re.compile(r"([+-]?)([0-9]{0,32})\.([0-9]{0,32})\\overline\{([0-9]{
 # Exact arithmetic runs away on powers and factorials of more than three digits and on towers of powers. The symbolic
 # engine would be ended by the kernel then; this is sooner.
 _RUNAWAY = re.compile(
-    r"(?:\^|\*\*)\{?\(?[+-]?[0-9]{4,}|(?:\^|\*\*).*(?:\^|\*\*).*(?:\^|\*\*)|[0-9]{3,}\)*!|!!|[0-9]{65,}"
+    r"(?:\^|\*\*)\{?\(?[+-]?[0-9]{4,}|(?:\^|\*\*).*(?:\^|\*\*).*(?:\^|\*\*)|[0-9]{3,}\)*!|[0-9]{2}!\)+!|!!|[0-9]{65,}"
 )
+_TOWER = re.compile(r"(?:\^|\*\*)[{(\s]*([0-9]{1,3})[})\s]*(?:\^|\*\*)[{(\s]*([0-9]{1,3})(?![0-9])")
 # Of what has no value the symbolic engine makes one: a product of a word's letters, the truth of a relation of numbers.
 _VALUELESS = re.compile(
     r"[a-z]{3,}|(?!.*(?:and|or))[0-9a-z]*[a-z][0-9][0-9a-z]*"  # a word; a label, such as A2
@@ -170,11 +171,17 @@ def answers_equal(answer: str, reference: str) -> bool:
         return x == y or ("%" in (a.unit, b.unit) and x * a.share == y * b.share)
     if a.is_valueless or b.is_valueless:
         return False
-    return any(
-        symbolic.equal(*texts)
+    pairs = [
+        texts
         for texts in dict.fromkeys([(a.text, b.text), (answer, reference)])
-        if not any(len(text) > MAX_SYMBOLIC_CHARACTERS or _RUNAWAY.search(text) for text in texts)
-    )
+        if not any(len(text) > MAX_SYMBOLIC_CHARACTERS or _runs_away(text) for text in texts)
+    ]
+    return bool(pairs) and symbolic.equal(*pairs)
+
+
+def _runs_away(text: str) -> bool:
+    towers = _TOWER.findall(text)  # 2^{2^{10}} is none yet, 2^{9^9} is one
+    return bool(_RUNAWAY.search(text)) or any(int(base) ** int(power) > 9_999 for base, power in towers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """math-verify in a process of its own, which the kernel ends when a comparison takes too long or too much memory.
 
 math-verify's own time limits are signals, which only a main thread can have, and exact arithmetic on what a model wrote
-may run for ever. This file run as a script is that process: two answers a line come in as JSON, a verdict
-goes out.
+may run for ever. This file run as a script is that process: a line comes in with pairs of answers as JSON, a verdict
+and the processor seconds so far go out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
-CPU_SECONDS = 5.0  # for one comparison; math-verify's own limit is five seconds as well
+CPU_SECONDS = 2.0  # for all pairs of one answer; the hardest of tests/unit/grading_cases.py takes 0.2
 WALL_SECONDS = 60.0  # for a machine so busy that the process gets no time
 MEMORY_BYTES = 4 * 1024**3
 
@@ -35,42 +36,60 @@ class Engine:
         self._cpu_seconds = cpu_seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._counted = 0.0  # of its processor seconds
+        self._endless: set[tuple[tuple[str, str], ...]] = set()  # what ran into the limit is not tried again
+        self._thread = threading.local()
 
-    def equal(self, answer: str, reference: str) -> bool:
-        """Whether math-verify takes the answer for the reference.
+    @property
+    def seconds(self) -> float:
+        """Processor seconds of the processes, their starts included, for what the calling thread asked."""
+        seconds: float = getattr(self._thread, "seconds", 0.0)
+        return seconds
+
+    def equal(self, *pairs: tuple[str, str]) -> bool:
+        """Whether math-verify takes the answer for the reference in any (answer, reference); one limit is for all.
 
         Raises:
             Undecided: it came to no verdict.
         """
         with self._lock:
+            if pairs in self._endless:
+                raise Undecided("math-verify ran out of time at it before")
             process, self._process = self._process, None  # kept again when it has answered
             if process is None or process.poll() is not None:
-                process = _start(self._cpu_seconds)
+                process, self._counted = _start(self._cpu_seconds), 0.0
             assert process.stdin is not None and process.stdout is not None
             try:
-                process.stdin.write(json.dumps([answer, reference]) + "\n")
+                process.stdin.write(json.dumps(pairs) + "\n")
                 process.stdin.flush()
                 ready, _, _ = select.select([process.stdout], [], [], WALL_SECONDS)
-                verdict = process.stdout.readline() if ready else ""
+                line = process.stdout.readline() if ready else ""
             except BrokenPipeError:
-                verdict = ""
-            if not verdict:
-                process.kill()
-                process.communicate()
+                line = ""
+            verdict, used = json.loads(line) if line else (None, _end(process))
+            self._thread.seconds = self.seconds + used - self._counted
+            if not line:
+                if process.returncode == -signal.SIGPROF:
+                    self._endless.add(pairs)
                 raise Undecided(f"math-verify's process ended with code {process.returncode}")
-            self._process = process
-        if verdict == "null\n":
+            self._process, self._counted = process, used
+        if verdict is None:
             raise Undecided("math-verify failed")
-        return bool(json.loads(verdict))
+        return bool(verdict)
 
 
-def equal(answer: str, reference: str) -> bool:
-    """Whether math-verify takes the answer for the reference; one process serves all threads of this one.
+def equal(*pairs: tuple[str, str]) -> bool:
+    """`Engine.equal` of one process, which serves all threads of this one.
 
     Raises:
         Undecided: it came to no verdict.
     """
-    return _engine(os.getpid()).equal(answer, reference)
+    return _engine(os.getpid()).equal(*pairs)
+
+
+def seconds() -> float:
+    """`Engine.seconds` of that process: what `equal` has cost the calling thread's answers so far."""
+    return _engine(os.getpid()).seconds
 
 
 @functools.cache
@@ -92,6 +111,15 @@ def _start(cpu_seconds: float) -> subprocess.Popen[str]:
     return process
 
 
+def _end(process: subprocess.Popen[str]) -> float:
+    """End the process; the processor seconds of all its life."""
+    os.kill(process.pid, signal.SIGKILL)  # process.kill() would reap one that has ended, and lose what it used
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.communicate()
+    return usage.ru_utime + usage.ru_stime
+
+
 def main(cpu_seconds: float) -> None:
     """Compare what comes in until there is no more."""
     from math_verify import parse, verify
@@ -109,18 +137,20 @@ def main(cpu_seconds: float) -> None:
     def imaginary(expression: Basic) -> dict[Basic, Basic]:
         return {symbol: I for symbol in expression.free_symbols if str(symbol) == "i"}
 
+    def equal(answer: str, reference: str) -> bool:
+        a, b = parsed(answer), parsed(reference)
+        return bool(a and b and verify(b, a, allow_set_relation_comp=True, timeout_seconds=None))
+
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
-            answer, reference = map(parsed, json.loads(line))
-            same = verify(reference, answer, allow_set_relation_comp=True, timeout_seconds=None)
-            verdict = bool(answer and reference and same)
+            verdict = any(equal(*pair) for pair in json.loads(line))
         except Exception:  # sympy on what a model wrote
             verdict = None
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(verdict) + "\n")
+        sys.stdout.write(json.dumps([verdict, time.process_time()]) + "\n")
         sys.stdout.flush()
 
 

@@ -6,6 +6,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 
+from megatron_octo import symbolic
 from megatron_octo.config.rl import RewardTerms
 from megatron_octo.grading import grade
 
@@ -26,7 +27,7 @@ class Reward:
     failed: bool = False
     """The grading itself broke; the response then counts as wrong."""
     seconds: float = 0.0
-    """The processor's time that it took in this thread."""
+    """Processor seconds that it took, in this thread and in math-verify's process."""
 
     def logs(self) -> dict[str, float]:
         """What OpenRLHF averages over a step."""
@@ -44,8 +45,9 @@ FAILED = Reward(WRONG, correct=False, boxed=False, repetition=0.0, failed=True)
 
 def reward(response: str, reference: str, terms: RewardTerms) -> Reward:
     """Grade a response. Never raises: one that broke the grading must not end hours of work."""
-    began = time.thread_time()
-    return replace(_graded(response, reference, terms), seconds=time.thread_time() - began)
+    began = time.thread_time() + symbolic.seconds()
+    graded = _graded(response, reference, terms)
+    return replace(graded, seconds=time.thread_time() + symbolic.seconds() - began)
 
 
 def _graded(response: str, reference: str, terms: RewardTerms) -> Reward:

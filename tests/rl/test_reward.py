@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_octo import symbolic
 from megatron_octo.config.rl import RewardTerms
 from megatron_octo.errors import SettingsError
 from megatron_octo.rl.reward import FAILED, repeated_share, reward
@@ -70,6 +71,15 @@ def test_a_failure_of_the_comparison_is_wrong_and_counted(monkeypatch: pytest.Mo
     logs = given.logs()
     assert logs.pop("reward_s") > 0
     assert logs == {"acc": 0.0, "boxed": 1.0, "repetition": 0.0, "reward_error": 1.0}
+
+
+def test_its_seconds_are_those_of_math_verify_s_process_too() -> None:
+    reward("\\boxed{x+1}", "1+x", PLAIN)  # the process is there
+    for answer in ("x^2+1", "x^2+2"):
+        before = symbolic.seconds()
+        given = reward(f"\\boxed{{{answer}}}", "1+x^2", PLAIN)
+        assert given.seconds > symbolic.seconds() - before > 0
+    assert reward("\\boxed{5}", "5", PLAIN).seconds > 0, "without the process"
 
 
 def test_what_is_not_text_is_an_error_and_no_exception() -> None:
