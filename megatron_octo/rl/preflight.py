@@ -29,7 +29,8 @@ CHECKPOINT_BYTES = 14  # a parameter: the weight in 2 bytes; its fp32 copy and t
 COPY_BYTES = 2  # of a Hugging Face folder
 FINAL_COPIES = 2  # OpenRLHF's last folder, and hf/
 ANSWER = r"\sqrt{8}"  # as a string or a number it equals nothing: math-verify has to decide
-SAMPLES = {"right": r"\boxed{2\sqrt{2}}", "wrong": r"\boxed{3\sqrt{2}}", "hostile": r"\boxed{9^{9^{9^{9^9}}}}"}
+SAMPLES = {"right": r"\boxed{2\sqrt{2}}", "wrong": r"\boxed{3\sqrt{2}}", "hostile": r"\boxed{(7^{99})!}"}
+"""The hostile one keeps math-verify at work until its time is up."""
 
 log = console.logger(__name__)
 
@@ -178,7 +179,11 @@ def check_reward(config: RLConfig) -> None:
         BadInput: the grading broke, or took one answer for another.
     """
     given = {name: reward(response, ANSWER, config.reward) for name, response in SAMPLES.items()}
-    broken = [name for name, each in given.items() if each.failed or each.correct is not (name == "right")]
+    broken = [
+        name
+        for name, each in given.items()
+        if each.correct is not (name == "right") or (each.failed and name != "hostile")
+    ]
     if broken:
         raise BadInput(
             f"the reward fails on a {broken[0]} answer, {SAMPLES[broken[0]]}: {given[broken[0]]}",

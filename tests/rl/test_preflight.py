@@ -6,15 +6,17 @@ import contextlib
 import importlib.util
 import json
 import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_octo import rundir
+from megatron_octo import rundir, symbolic
 from megatron_octo.config.rl import LongerResponses, RLConfig, ValidationConfig, ValidationSet
 from megatron_octo.errors import BadInput
+from megatron_octo.grading import answers_equal
 from megatron_octo.rl import preflight
 from megatron_octo.rl.preflight import (
     VERSIONS,
@@ -122,6 +124,12 @@ def test_a_reward_that_takes_one_answer_for_another_is_refused(
     monkeypatch.setattr(preflight, "reward", broken)
     with pytest.raises(BadInput, match=f"fails on a {wrong} answer"):
         check_reward(config)
+
+
+def test_the_hostile_answer_reaches_math_verify_and_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_octo.symbolic.equal", symbolic.Engine(cpu_seconds=0.5).equal)
+    with pytest.raises(symbolic.Undecided, match=f"code -{signal.SIGPROF}"):
+        answers_equal(preflight.SAMPLES["hostile"], preflight.ANSWER)
 
 
 def test_a_grading_that_breaks_is_refused(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:
