@@ -48,15 +48,19 @@ class RLWatchConfig(Settings):
     """At a score that has fallen while responses are cut off."""
     on_repetition: RLAction = "stop"
     """At responses that have begun to repeat themselves."""
+    on_reward_errors: RLAction = "stop"
+    """At a grading that breaks on most responses: they count as wrong, and the run learns what breaks it."""
     window_steps: int = 5
     """Collapse, repetition and a rise of vllm_kl compare the mean of so many last steps with the best mean of as many
-    before."""
+    before; the grading breaks in each of so many."""
     score_fall: float = 0.5
     """Collapse: so much of the best share of right answers is lost, and"""
     truncated_share: float = 0.5
     """so many responses are cut off."""
     repetition_rise: float = 0.5
     """Repetition: so much above its lowest share."""
+    reward_error_share: float = 0.5
+    """Reward errors: more than this share of the responses, in each of `window_steps` steps. A few are no finding."""
     most_vllm_kl: float | None = None
     """Largest |vllm_kl|; None: 1e-3 on a CPU, where equal weights give 1e-4, and 0.02 on a GPU, whose kernels differ
     more. Nobody has run this on a GPU yet."""
@@ -69,7 +73,7 @@ class RLWatchConfig(Settings):
         require_positive(self, "watch.", "window_steps")
         if self.most_vllm_kl is not None:
             require_positive(self, "watch.", "most_vllm_kl")
-        for name in ("score_fall", "truncated_share", "repetition_rise"):
+        for name in ("score_fall", "truncated_share", "repetition_rise", "reward_error_share"):
             value = getattr(self, name)
             require(0 < value <= 1, f"watch.{name} {value:g} is not in (0, 1]", fix="it is a share: 0.5, say")
         require(
@@ -213,9 +217,10 @@ class RLConfig(Settings):
     """The length schedule: the paper's for long chains of thought is 2,048 tokens, 4,096 after 100 steps, 8,192 after
     160."""
     max_tokens_per_gpu: int = 16_384
-    """Tokens in one packed training pass of a rank; attention over a pack costs its square on a CPU."""
+    """Tokens in one packed training pass of a rank, the longest sample at least; attention over a pack costs its square
+    on a CPU."""
     zero_stage: int = 3
-    """DeepSpeed ZeRO stage: 2 shares optimizer and gradients, 3 the weights too."""
+    """DeepSpeed ZeRO stage, 0 to 3: 2 shares optimizer and gradients, 3 the weights too."""
     num_nodes: int = 1
     """Nodes that share rollouts and training; above 1 they are a Slurm job's, or a Ray cluster's that is there."""
     num_gpus: int = 8
@@ -265,6 +270,11 @@ class RLConfig(Settings):
             "the rest out",
             fix="choose other numbers of nodes, devices or updates_per_step",
         )
+        require(
+            self.zero_stage in range(4),
+            f"zero_stage {self.zero_stage} is none of DeepSpeed's, 0 to 3",
+            fix="give 3, or 2 where the weights fit each GPU",
+        )
         require(all(self.stop), f"stop {self.stop} has an empty text", fix="leave it out: every response has it")
         require(
             not self.validation.sets or self.validation.every_steps <= self.num_steps,
@@ -275,7 +285,7 @@ class RLConfig(Settings):
         self._check_roll_backs()
 
     def _check_schedule(self) -> None:
-        before = 0
+        before, shorter = 0, self.max_response_tokens
         for stage in self.longer_responses:
             require_positive(stage, "longer_responses.", "max_response_tokens")
             require(
@@ -285,12 +295,26 @@ class RLConfig(Settings):
                 "the save at its border",
                 fix="write the borders in rollout steps, ascending, and have save_every_steps divide them",
             )
-            before = stage.after_step
+            require(
+                stage.max_response_tokens >= shorter,
+                f"longer_responses.max_response_tokens {stage.max_response_tokens} after step {stage.after_step} is "
+                f"below {shorter}, the longest response before",
+                fix="write the lengths ascending; max_response_tokens is the first stage's",
+            )
+            before, shorter = stage.after_step, stage.max_response_tokens
+        longest = self.max_prompt_tokens + shorter
+        require(
+            longest <= self.max_tokens_per_gpu,
+            f"a prompt and its response may have {longest} tokens, and a pass has max_tokens_per_gpu "
+            f"{self.max_tokens_per_gpu}: OpenRLHF would pass it all the same, in a pack of its own",
+            fix="raise max_tokens_per_gpu, or lower max_prompt_tokens or max_response_tokens",
+        )
 
     def _check_roll_backs(self) -> None:
         kept, window = self.save_every_steps * (self.keep_last_saves - 1), self.watch.window_steps
         require(
-            "roll_back" not in (self.watch.on_collapse, self.watch.on_repetition) or kept >= window,
+            "roll_back" not in (self.watch.on_collapse, self.watch.on_repetition, self.watch.on_reward_errors)
+            or kept >= window,
             f"watch rolls back to before a window of {window} steps, and the last {self.keep_last_saves} saves, every "
             f"{self.save_every_steps} steps, may all be from within it",
             fix="raise keep_last_saves or save_every_steps, or lower watch.window_steps",

@@ -70,6 +70,7 @@ def _findings(config: RLWatchConfig, rows: Sequence[Row], *, cuda: bool) -> Iter
     yield from _growing_gap(config, rows, least=bound / 2)
     yield from _collapse(config, rows)
     yield from _repetition(config, rows)
+    yield from _reward_errors(config, rows)
 
 
 def _growing_gap(config: RLWatchConfig, rows: Sequence[Row], *, least: float) -> Iterator[Finding]:
@@ -105,6 +106,13 @@ def _repetition(config: RLWatchConfig, rows: Sequence[Row]) -> Iterator[Finding]
             f"(means of {config.window_steps} steps)"
         )
         yield _finding(known, share.steps_beyond(share.lowest, falling=False), what, config.on_repetition)
+
+
+def _reward_errors(config: RLWatchConfig, rows: Sequence[Row]) -> Iterator[Finding]:
+    shares = [row.get("rl/reward_error_share", 0.0) for row in rows[-config.window_steps :]]
+    if len(shares) == config.window_steps and min(shares) > config.reward_error_share:
+        what = f"the grading broke on at least {min(shares):.1%} of the responses in each of {len(shares)} steps"
+        yield _finding(rows, len(shares), what, config.on_reward_errors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -265,6 +266,8 @@ def test_a_run_that_ends_by_itself_is_not_stopped_before_its_end(replaced: Repla
         ([(4, 8), (2, 8)], "after_step 2 is not between 4"),
         ([(3, 8)], "no multiple of save_every_steps 2"),
         ([(2, 0)], r"longer_responses\.max_response_tokens"),
+        ([(2, 7)], "max_response_tokens 7 after step 2 is below 8, the longest response before"),
+        ([(2, 16), (4, 12)], "max_response_tokens 12 after step 4 is below 16"),
     ],
 )
 def test_a_schedule_that_means_nothing_is_refused(
@@ -272,7 +275,30 @@ def test_a_schedule_that_means_nothing_is_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=said):
         longer = tuple(LongerResponses(after_step=at, max_response_tokens=tokens) for at, tokens in schedule)
-        replaced(num_steps=6, save_every_steps=2, longer_responses=longer)
+        replaced(num_steps=6, save_every_steps=2, max_response_tokens=8, longer_responses=longer)
+
+
+@pytest.mark.parametrize("stage", [-1, 0, 3, 4, 7])
+def test_a_zero_stage_that_deepspeed_does_not_know_is_refused(stage: int, replaced: Replaced) -> None:
+    known = stage in (0, 3)
+    with contextlib.nullcontext() if known else pytest.raises(SettingsError, match=f"zero_stage {stage} is none of"):
+        replaced(zero_stage=stage)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fits"),
+    [
+        ({"max_response_tokens": 36}, True),
+        ({"max_response_tokens": 37}, False),
+        ({"max_prompt_tokens": 85}, False),
+        ({"longer_responses": (LongerResponses(after_step=1, max_response_tokens=37),)}, False),
+        ({"longer_responses": (LongerResponses(after_step=1, max_response_tokens=36),)}, True),
+    ],
+)
+def test_a_pass_holds_the_longest_sample_of_all_stages(fields: dict[str, Any], fits: bool, replaced: Replaced) -> None:
+    refused = pytest.raises(SettingsError, match="may have 101 tokens, and a pass has max_tokens_per_gpu 100")
+    with contextlib.nullcontext() if fits else refused:
+        replaced(max_tokens_per_gpu=100, **fields)
 
 
 def test_a_run_leaves_the_model_its_descent_and_its_metrics(config: RLConfig, use: Use) -> None:

@@ -110,6 +110,21 @@ def test_repetition_that_explodes_is_found_and_one_that_was_there_is_not() -> No
     assert first(rows(rl_repetition_share=line(0.9, 0.1, 30))) is None
 
 
+def test_a_grading_that_breaks_on_most_responses_for_a_window_is_found() -> None:
+    finding = first(rows(rl_reward_error_share=[0.0, 0.3, *[0.51] * 4, 0.9, 0.9]))
+    assert finding is not None and (finding.action, finding.step, finding.since) == ("stop", 7, 3)
+    assert finding.what == "the grading broke on at least 51.0% of the responses in each of 5 steps"
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [[0.5] * 20, [*[1.0] * 4, 0.25] * 4, [0.0] * 20, [1.0] * 4],
+    ids=["half", "now and then", "none", "not yet for a window"],
+)
+def test_a_few_rewards_that_fail_are_no_finding(shares: list[float]) -> None:
+    assert first(rows(rl_reward_error_share=shares)) is None
+
+
 @pytest.mark.parametrize("name", ["rl/reward_mean", "rl/policy_loss", "rl/vllm_kl", "optim/grad_norm"])
 def test_a_number_that_is_none_is_found_at_once(name: str) -> None:
     run = rows(rl_accuracy=[0.5, 0.5])
@@ -165,6 +180,7 @@ def test_rows_without_optional_numbers_are_judged_by_the_others() -> None:
         ("window_steps", 0),
         ("score_fall", 0.0),
         ("truncated_share", 1.5),
+        ("reward_error_share", 1.5),
         ("most_vllm_kl", -1.0),
         ("most_roll_backs", -1),
         ("vllm_kl_rise", 1.0),

@@ -215,7 +215,8 @@ def test_each_validation_set_has_its_own_figure(pipeline: PipelineConfig) -> Non
 def test_longer_responses_and_roll_backs_are_marked(pipeline: PipelineConfig) -> None:
     for rl, borders in zip(pipeline.rl, ((), (10, 20), (10,)), strict=True):
         longer = tuple(LongerResponses(after_step=step, max_response_tokens=1000 + step) for step in borders)
-        rundir.write_json(rl.output / "config.json", to_dict(replace(rl, longer_responses=longer)))
+        config = replace(rl, longer_responses=longer, max_tokens_per_gpu=2048)
+        rundir.write_json(rl.output / "config.json", to_dict(config))
     back = {"step": 9, "to": 5, "what": "vllm_kl is 0.5 & not within 0.001"}
     rundir.write_json(pipeline.rl[0].output / "roll_backs.json", [back])
     path = pipeline.rl[1].output / "metrics.jsonl"
