@@ -16,7 +16,7 @@ import pytest
 from megatron_octo import rundir, symbolic
 from megatron_octo.config.rl import LongerResponses, RLConfig, ValidationConfig, ValidationSet
 from megatron_octo.errors import BadInput
-from megatron_octo.grading import answers_equal
+from megatron_octo.grading import answers_equal, extract_answer
 from megatron_octo.rl import preflight
 from megatron_octo.rl.preflight import (
     VERSIONS,
@@ -132,9 +132,17 @@ def test_the_hostile_answer_reaches_math_verify_and_its_limit(monkeypatch: pytes
         answers_equal(preflight.SAMPLES["hostile"], preflight.ANSWER)
 
 
-def test_a_grading_that_breaks_is_refused(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_octo.symbolic.equal", lambda *_: 1 / 0)
-    with pytest.raises(BadInput, match=r"fails on a right answer, .*failed=True"):
+@pytest.mark.parametrize("broken", ["right", "wrong"])
+def test_a_grading_that_breaks_is_refused(broken: str, config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = extract_answer(preflight.SAMPLES[broken])
+
+    def equal(*pairs: tuple[str, str]) -> bool:
+        if pairs[0][0] == sample:
+            raise symbolic.Undecided
+        return pairs[0][0] == extract_answer(preflight.SAMPLES["right"])
+
+    monkeypatch.setattr("megatron_octo.symbolic.equal", equal)
+    with pytest.raises(BadInput, match=rf"fails on a {broken} answer, .*failed=True"):
         check_reward(config)
 
 

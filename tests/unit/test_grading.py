@@ -167,7 +167,10 @@ def test_processor_seconds_are_the_process_s_and_the_asking_thread_s() -> None:
     before = engine.seconds
     with pytest.raises(symbolic.Undecided):
         engine.equal((ENDLESS, "5"))
-    assert engine.seconds - before > 0.25, "what was ended counts, too"
+    ended = engine.seconds
+    assert ended - before > 0.25, "what was ended counts, too"
+    engine.equal(("x+3", "3+x"))
+    assert engine.seconds - ended == pytest.approx(engine._counted), "another process begins at 0"
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(lambda: engine.seconds).result() == 0
 
