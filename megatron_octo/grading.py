@@ -41,9 +41,7 @@ _SCALE = re.compile(
 )
 _CAPITAL = re.compile(r"(\\(?:Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega))(?![A-Za-z]|\s*_)")
 # What an answer says it is the value of. That a function is called f or y means nothing.
-_NAME = re.compile(
-    r"^(?:([a-z](?:_[0-9a-z])?)|[a-z](?:_[0-9a-z])?\([a-z]\))=(?=[^=])(?!.*(?:[,;]|and|or).*=)|(?<=[^=])=([a-z])$"
-)
+_NAME = re.compile(r"^(?:([a-z](?:_[0-9a-z])?)|[a-z](?:_[0-9a-z])?\([a-z]\))=(?=[^=])(?!.*,.*=)|(?<=[^=])=([a-z])$")
 _LIST_MARK = re.compile(r"floor|([(\[{])|([)\]}])|([,;]|and|or)")
 _SET = re.compile(r"\\\{[^|:<>]*,[^|:<>]*\\\}")  # by what is in it, not by what is true of that
 _TUPLE = re.compile(r"\([^()]*,[^()]*\)")  # or an open interval
@@ -262,6 +260,8 @@ def measure(answer: str) -> Measure:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text, _, words = text.partition("#")
+    if first := re.match(r"([a-z](?:_[0-9a-z])?)=", text):  # x=1 or x=2; math-verify would see the 2 alone
+        text = re.sub(rf"([,;]|and|or){first[1]}=", r"\1", text)
     name = _NAME.search(text)
     text = _NAME.sub("", text)
     text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
