@@ -6,6 +6,7 @@ Safe to call from any thread (no signals) and on any text: nothing here raises o
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,6 +19,9 @@ _PIECES = re.compile(r"\\boxed\s*\{|\\fbox\s*\{|\\.|[{}]", re.DOTALL)
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,64}\.?|[0-9]{0,64}\.[0-9]{1,64})(?:e[+-]?[0-9]{1,2})?")
 _FRACTION = re.compile(r"([+-]?)\\frac\{([+-]?[0-9]{1,64})\}\{([+-]?[0-9]{1,64})\}|([+-]?[0-9]{1,64})/([0-9]{1,64})")
+_PRODUCT = re.compile(  # 6.02\times10^{23}
+    rf"({_NUMBER.pattern})(?:\\times|\\cdot|\*)([1-9][0-9]{{0,2}})(?:\^(?:([0-9])|\{{([+-]?[0-9]{{1,3}})\}}))?"
+)
 _REPEATING = re.compile(r"([+-]?)([0-9]{0,32})\.([0-9]{0,32})\\overline\{([0-9]{1,32})\}")
 # Exact arithmetic runs away on powers and factorials of more than three digits and on towers of powers. The symbolic
 # engine would be ended by the kernel then; this is sooner.
@@ -30,6 +34,18 @@ _VALUELESS = re.compile(
     r"[a-z]{3,}|(?!.*(?:and|or))[0-9a-z]*[a-z][0-9][0-9a-z]*"  # a word; a label, such as A2
     r"|[^a-z\\<>]*(?:(?:[<>]|\\(?:[lg](?:eq?|t)|neq?)(?![a-z]))[^a-z\\<>]*)+"
 )
+# To math-verify "million" is a unit like any other, and the case of a letter nothing: it gets what both stand for.
+_SCALES = {"hundred": "10^2", "thousand": "10^3", "million": "10^6", "billion": "10^9", "dozen": "12"}
+_SCALE = re.compile(
+    rf"(?<=[0-9}}.)])(?:\\[ ,;:!]|~|\s)*(\\(?:text|mathrm|mbox)\s*\{{)?\s*({'|'.join(_SCALES)})s?(?![a-z])",
+    re.IGNORECASE,
+)
+_CAPITAL = re.compile(r"(\\(?:Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega))(?![A-Za-z]|\s*_)")
+# What an answer says it is the value of. That a function is called f or y means nothing.
+_NAME = re.compile(r"^(?:([a-z](?:_[0-9a-z])?)|[a-z](?:_[0-9a-z])?\([a-z]\))=(?=[^=])(?!.*,.*=)|(?<=[^=])=([a-z])$")
+_LIST_MARK = re.compile(r"floor|([(\[{])|([)\]}])|([,;]|and|or)")
+_SET = re.compile(r"\\\{[^|:<>]*,[^|:<>]*\\\}")  # by what is in it, not by what is true of that
+_TUPLE = re.compile(r"\([^()]*,[^()]*\)")  # or an open interval
 
 _WORDS = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|boldsymbol|mbox|operatorname|underline)\s*\{([^{}]*)\}"
 _DEGREE = r"(?:\u00b0|\\degree(?![a-z])|\^\s*\{?\s*\\circ\s*\}?)"
@@ -40,7 +56,9 @@ _UNITS = {
     for name, names in {
         "": "units?|points?|apples?|books?|coins?|people|students?",
         "%": r"\\?%|percent",
-        "degree": r"degrees?(?:celsius|fahrenheit|c|f)?",
+        "degree": "degrees?",
+        "degree C": r"degrees?c(?:elsius)?",
+        "degree F": r"degrees?f(?:ahrenheit)?",
         "dollar": "dollars?",
         "cent": "cents?",
         "mm": "mm|millimet(?:er|re)s?",
@@ -71,10 +89,12 @@ _UNITS = {
 _SHAPES = {"square": "2", "sq": "2", "sq.": "2", "cubic": "3"}
 _UNIT = re.compile(r"(square|sq\.?|cubic)?(.*?)([23])?")
 _BASE = re.compile(r"([0-9a-f]+)_\{?([0-9]+)\}?")
+_UNIT_START = r"(?<=[0-9}.)])(?=\\?%|[a-z.]{2}|(?<![.)])[mghs]$)"  # one letter as in 5 m, never (x+1)m
 _BARE_UNIT = "|".join(names.pattern for names in _UNITS.values())
 _REWRITES = [  # of lower-case text, in this order; none changes what an answer means. A unit's mark is #
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"^(\*\*?|`)(.+)\1$", r"\2"),
         ("[\u2212\u2013]", "-"),
         ("\u03c0", r"\\pi "),
         ("\u221e|(?<!\\\\)infinity", r"\\infty "),
@@ -82,25 +102,25 @@ _REWRITES = [  # of lower-case text, in this order; none changes what an answer 
         (r"\u221a(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),
         (r"^([+-]?[0-9]+)\s+([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
         (rf"(\\(?:sin|cos|tan|cot|sec|csc))[\s({{]*([0-9.]+)\s*{_DEGREE}\s*[)}}]?", r"\1(\2\\pi/180)"),
-        (_DEGREE + r"\s*(?:\\(?:text|mathrm)\{[cf]\})?\W*$", "#degree"),
+        (_DEGREE + r"\s*(?:\\(?:text|mathrm)\{\s*)?([cf]?)\W*$", r"#degree\1"),
         (r"\\[()\[\]]|\\?\$|[\u20ac\u00a3]", ""),
         (r"\\[dtc]frac(?![a-z])", r"\\frac"),
         (r"\\(?:left|right|bigg?[lr]?|displaystyle|approx|q?quad)(?![a-z])|\\color\s*\{[^{}]*\}", ""),
         (r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset"),
         (rf"(?<=[^\s(])(?:\\[ ,;:!]|~|\s)*{_WORDS}{_POWER}\s*[.,;]*$", r"#\1\2"),
         (_WORDS, r"\1"),
-        (r"^\(([a-z])\)$|^\(([a-e])\)(?:\\ |~|\s).*$", r"\1\2"),  # a choice
+        (r"^\(?([a-z])\)$|^\(?([a-e])\)(?:\\ |~|\s).*$", r"\1\2"),  # a choice
         (r"(?<!\\)\\[ ,;:!]|~|\s+", ""),
-        (r"\{,\}", ","),
+        (r"\{([,:])\}", r"\1"),
         (r"([ap])\.m(?![a-z])\.?", r"\1m"),
-        (r"(?:[.,;]|\\\\)+$", ""),
-        (rf"(?<=[0-9}}.)])(?=\\?%|[a-z.]{{2}})((?:sq\.?|square|cubic)?(?:{_BARE_UNIT})){_POWER}$", r"#\1\2"),
+        (r"[.,;\\]+$", ""),
+        (rf"{_UNIT_START}((?:sq\.?|square|cubic)?(?:{_BARE_UNIT})){_POWER}$", r"#\1\2"),
         (r"^\{([^{}]*)\}$", r"\1"),
         (r"\\frac([0-9])([0-9])(?![0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac(\{[^{}]*\})([0-9])", r"\\frac\1{\2}"),
         (r"\\frac([0-9])\{", r"\\frac{\1}{"),
         (r"\\sqrt([0-9a-z])(?![0-9])", r"\\sqrt{\1}"),
-        (r"^[a-z](?:_[0-9a-z])?(?:\([a-z]\))?=(?=[^=])|^(?:the)?(?:final)?answer(?:is:?|:)|(?<=[^=])=[a-z]$", ""),
+        (r"^(?:the)?(?:final)?answer(?:is:?|:)", ""),
     )
 ]
 
@@ -161,6 +181,7 @@ def answers_equal(answer: str, reference: str) -> bool:
     """
     if max(len(answer), len(reference)) > MAX_CHARACTERS:
         return answer.strip() == reference.strip()
+    answer, reference = _spelled_out(answer), _spelled_out(reference)
     a, b = measure(answer), measure(reference)
     if not a.text or not b.text or a.disagrees(b):
         return False
@@ -169,7 +190,7 @@ def answers_equal(answer: str, reference: str) -> bool:
     x, y = number(a.text), number(b.text)
     if x is not None and y is not None:
         return x == y or ("%" in (a.unit, b.unit) and x * a.share == y * b.share)
-    if a.is_valueless or b.is_valueless:
+    if a.is_valueless or b.is_valueless or a.repeats_otherwise(b):
         return False
     pairs = [
         texts
@@ -192,6 +213,8 @@ class Measure:
     """Lower case, without spaces, dollars, `x =`, in one spelling of LaTeX."""
     unit: str | None
     """What it counts: "cm2", "_2" for the base; None where it does not say, or in words that are not known."""
+    name: str | None = None
+    """The x of `x = 3`. Two capitals, such as IV or AB, are a label and not a product: they name themselves."""
 
     @property
     def share(self) -> Fraction:
@@ -203,9 +226,37 @@ class Measure:
         """Whether it is a word, a label, the digits of a base or a statement about numbers: equal as text or not."""
         return bool(_VALUELESS.fullmatch(self.text)) or (self.unit or "").startswith("_")
 
+    @property
+    def items(self) -> list[str]:
+        """Those of a list, a tuple's too; of anything else the one."""
+        text = self.text[1:-1] if _TUPLE.fullmatch(self.text) else self.text
+        depth, start, items = 0, 0, []
+        for mark in _LIST_MARK.finditer(text):
+            opens, closes, separates = mark.groups()
+            depth += bool(opens) - bool(closes)
+            if separates and depth == 0:
+                items.append(text[start : mark.start()])
+                start = mark.end()
+        return [item for item in (*items, text[start:]) if item]
+
     def disagrees(self, other: Measure) -> bool:
-        """Whether both say what they count and it is not the same."""
-        return None not in (self.unit, other.unit) and self.unit != other.unit
+        """Whether both say what they count, what they name or whether order matters, and it is not the same.
+
+        `1,2` says nothing of its order and may equal a set or a pair: as strings (as Hendrycks et al. compare) they
+        differ, but math-verify, which has the paper's last word, takes it for either.
+        """
+        if self.unit is not None and other.unit is not None:
+            less, more = sorted((self.unit, other.unit))
+            if less != more and not more.startswith(f"{less} "):  # of any scale: degree, not degree C
+                return True
+        if self.name and other.name and self.name != other.name:
+            return not (self.name in _letters(other.text) or other.name in _letters(self.text))  # y=x+1 and x=y-1
+        return any(_SET.fullmatch(a.text) and _TUPLE.fullmatch(b.text) for a, b in ((self, other), (other, self)))
+
+    def repeats_otherwise(self, other: Measure) -> bool:
+        """Whether something occurs in both lists, and not as often: to math-verify they are sets."""
+        mine, others = (Counter(number(item) or item for item in each.items) for each in (self, other))
+        return any(mine[item] != others[item] for item in mine.keys() & others.keys())
 
 
 def measure(answer: str) -> Measure:
@@ -216,10 +267,24 @@ def measure(answer: str) -> Measure:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text, _, words = text.partition("#")
+    if first := re.match(r"([a-z](?:_[0-9a-z])?)=", text):  # x=1 or x=2; math-verify would see the 2 alone
+        text = re.sub(rf"([,;]|and|or){first[1]}=", r"\1", text)
+    name = _NAME.search(text)
+    text = _NAME.sub("", text)
     text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
     if base := _BASE.fullmatch(text):
         return Measure(base[1], f"_{base[2]}")
-    return Measure(text, _unit(words.replace("#", "")))
+    is_label = len(text) == 2 and text.isalpha() and text.upper() in answer
+    return Measure(text, _unit(words.replace("#", "")), text if is_label else name and (name[1] or name[2]))
+
+
+def _spelled_out(answer: str) -> str:
+    answer = _SCALE.sub(lambda scale: f"\\cdot{_SCALES[scale[2].lower()]}{scale[1] or ' '}", answer)
+    return _CAPITAL.sub(r"\1_{capital}", answer)
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\\[a-z]+", "", text)
 
 
 def _unit(words: str) -> str | None:
@@ -232,7 +297,10 @@ def _unit(words: str) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
-    """The exact value of a plain number or a fraction of integers, else None."""
+    """The exact value of a plain number, one times a power, or a fraction of integers, else None."""
+    if match := _PRODUCT.fullmatch(text):
+        factor, base, digit, exponent = match.groups()
+        return Fraction(factor.replace(".e", "e").removesuffix(".")) * Fraction(base) ** int(digit or exponent or 1)
     if _NUMBER.fullmatch(text):
         return Fraction(text.replace(".e", "e").removesuffix("."))
     if match := _FRACTION.fullmatch(text):
