@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before the `tests` that some packages install
 
 from megatron_octo import symbolic
 from megatron_octo.grading import answers_equal

@@ -26,7 +26,7 @@ _REPEATING = re.compile(r"([+-]?)([0-9]{0,32})\.([0-9]{0,32})\\overline\{([0-9]{
 # Exact arithmetic runs away on powers and factorials of more than three digits and on towers of powers. The symbolic
 # engine would be ended by the kernel then; this is sooner.
 _RUNAWAY = re.compile(
-    r"(?:\^|\*\*)\{?\(?[+-]?[0-9]{4,}|(?:\^|\*\*).*(?:\^|\*\*).*(?:\^|\*\*)|[0-9]{3,}\)*!|[0-9]{2}!\)+!|!!|[0-9]{65,}"
+    r"(?:\^|\*\*)\{?\(?[+-]?[0-9]{4,}|(?:(?:\^|\*\*)[^-+,;=&a-z]*){3}|[0-9]{3,}\)*!|[0-9]{2}!\)+!|!!|[0-9]{65,}"
 )
 _TOWER = re.compile(r"(?:\^|\*\*)[{(\s]*([0-9]{1,3})[})\s]*(?:\^|\*\*)[{(\s]*([0-9]{1,3})(?![0-9])")
 # Of what has no value the symbolic engine makes one: a product of a word's letters, the truth of a relation of numbers.

@@ -230,6 +230,9 @@ CASES: dict[str, list[Case]] = {
         ("2x", "2x", True),
         ("\\sin^2 x+\\cos^2 x", "1", True),
         ("4x^3 - 9x", "x(2x-3)(2x+3)", True),
+        ("(x+y)^3", "x^3+3x^2y+3xy^2+y^3", True),  # three powers, and no tower
+        ("(x+y)^3", "x^3+3x^2y+3xy^2-y^3", False),
+        ("x^2y^3z^4", "z^4y^3x^2", True),
         ("\\theta", "\\Theta", False),
         ("1+\\Theta", "\\theta+1", False),
         ("1+\\Theta", "\\Theta+1", True),
