@@ -26,6 +26,8 @@ from megatron_octo.launch.slurm import Job, Shape, check_logs, check_shape, job,
 from megatron_octo.platform.process import terminate_as_interrupt
 from megatron_octo.report.jobs import queue
 
+TRAINING = ("stable_200b", "decay_20b")  # whose jobs get the options of slurm/pipeline.sh
+
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
@@ -70,12 +72,12 @@ def _check(own: argparse.Namespace) -> None:
             f"no script in {' '.join(words)!r}", fix="give sbatch's options, slurm/NAME.sh and its arguments"
         )
     options, script, args = words[:at], Path(words[at]), words[at + 1 :]
-    shape = requested(options, script)
+    asked = requested(options, script)
     found = job(script.stem, args)
     if not found.config:
         importlib.import_module(f"megatron_octo.cli.{found.argv[0]}").parse(found.argv[1:])
-    console.logger(__name__).info("%s\n%s", script, check_shape(found.config, shape))
-    check_logs()
+    console.logger(__name__).info("%s\n%s", script, check_shape(found.config, asked.shape))
+    check_logs(logs=asked.logs)
     if found.run:
         console.emit(str(found.run.absolute()))
 
@@ -84,15 +86,23 @@ def _tree(own: argparse.Namespace) -> None:
     *options, recipe = own.words[1:] if own.words[:1] == ["--"] else own.words
     config = load_recipe(recipe, PipelineConfig, command="slurm/pipeline.sh")
     for stage in (config.stable, *config.branches):
-        check_shape(stage, requested(options, Path("slurm/stable_200b.sh")))
-    check_logs()
+        check_shape(stage, requested(options, Path("slurm/stable_200b.sh")).shape)
+    left = tree(config)
+    for script in sorted({each.script for each in left}):
+        check_logs(logs=requested(options if script in TRAINING else (), Path(f"slurm/{script}.sh")).logs)
     check(config)
     write_settings(config)
-    jobs = [(each, job(each.script, each.args).run) for each in tree(config)]
-    _check_queue([run for _, run in jobs if run])
-    for each, run in jobs:
+    jobs = [(each, job(each.script, each.args)) for each in left]
+    _check_queue([found.run for _, found in jobs if found.run])
+    for each, found in jobs:
         asked = f"--nodes={each.shape.nodes} --gpus-per-node={each.shape.gpus_per_node}" if each.shape else "-"
-        columns = (each.name, ",".join(each.after) or "-", asked, str(run.absolute()) if run else "-", each.script)
+        columns = (
+            each.name,
+            ",".join(each.after) or "-",
+            asked,
+            str(found.run.absolute()) if found.run else "-",
+            each.script,
+        )
         console.emit("\t".join((*columns, *each.args)))
 
 

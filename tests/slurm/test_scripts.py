@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import shutil
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -449,6 +450,9 @@ def test_submit_checks_and_submits(slurm, stubbed):
         ("slurm/stabel.sh", {}, "no such script: slurm/stabel.sh.*fix: .*slurm/NAME.sh"),
         ("slurm/stable_200b.sh", {"OCTO_SITE": "nowhere.sh"}, "no site file nowhere.sh.*fix: copy one of slurm/sites"),
         ("slurm/stable_200b.sh", {"OCTO_RUNS": "/dev/null/x"}, "log folder /dev/null/x.*fix: .*OCTO_RUNS names"),
+        ("slurm/stable_200b.sh", {"SBATCH_GPUS_PER_NODE": "3"}, "8 nodes x 3 GPUs: .*does not divide.*fix: "),
+        ("slurm/stable_200b.sh", {"SBATCH_TIMELIMIT": "10"}, "as soon as it starts; .*SBATCH_TIMELIMIT=10.*fix: "),
+        ("slurm/stable_200b.sh", {"SBATCH_OUTPUT": "gone/%j.out"}, "log folder gone cannot be written.*fix: "),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_submitted(slurm, checkout, words, environment, message):
@@ -474,6 +478,28 @@ def test_where_octo_runs_on_nodes_alone_jobs_are_submitted_unchecked_and_no_pipe
         done = submit_checked(checkout, *words, OCTO_RUNS=runs, **slurm.environment)
         assert (done.returncode, done.stdout) == (2, "")
         assert re.search(f"{why}.*\n  fix: ", done.stderr), done.stderr
+
+
+def test_where_octo_runs_on_nodes_alone_the_folders_for_logs_are_checked_all_the_same(slurm, checkout):
+    site, logs = checkout / "slurm" / "site.sh", checkout / "slurm" / "logs"
+    site.write_text(f"{site.read_text()}OCTO_PYTHON=/bin/false\n")
+
+    def refused(why: str, **environment: str) -> None:
+        done = submit_checked(checkout, "slurm/stable_200b.sh", **slurm.environment, **environment)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert re.search(f"{why}\n  fix: ", done.stderr), done.stderr
+
+    shutil.move(logs, checkout / "elsewhere")
+    refused("log folder slurm/logs cannot be written")
+    done = submit_checked(
+        checkout, "--hold", "slurm/stable_200b.sh", SBATCH_OUTPUT="elsewhere/%u/%j.out", **slurm.environment
+    )
+    (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    slurm("scancel", job)
+    shutil.move(checkout / "elsewhere", logs)
+    refused("log folder gone cannot be written", SBATCH_OUTPUT="gone/%j.out")
+    site.write_text(f"{site.read_text()}LEAST_FREE_KIB=$((1 << 50))\n")
+    refused(r"log folder .*: \d+ KiB are left on its disk")
 
 
 def test_without_slurm_nothing_is_submitted(checkout):
