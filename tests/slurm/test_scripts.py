@@ -18,7 +18,7 @@ from megatron_octo import rundir
 from megatron_octo.config.base import to_dict
 from tests.conftest import REPOSITORY, snapshot
 from tests.prepared import stage, write_data
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_for
 
 SCRIPTS = REPOSITORY / "slurm"
 SECRET = "do-not-print-me"
@@ -411,6 +411,40 @@ def test_of_a_job_that_slurm_has_forgotten_its_accounts_say_the_state(accounted_
     forget_jobs(stubbed)
     accounted_slurm.wait(job, lambda: state(accounted_slurm, stubbed, job).startswith("FAILED failed exit code 2"))
     accounted_slurm.wait(held, lambda: state(accounted_slurm, stubbed, held) == "CANCELLED")
+
+
+def listed(slurm: Cluster, checkout: Path) -> dict[int, str]:
+    """What `octo runs list` says, by the job."""
+    octo = [sys.executable, "-m", "megatron_octo", "runs", "list", "--json"]
+    rows = json.loads(slurm(*octo, cwd=checkout, OCTO_RUNS=str(checkout / "runs")))
+    return {row["job"]["job"]: f"{row['name']} {row['job']['state']}: {row['job']['reason']}" for row in rows}
+
+
+def test_jobs_without_a_run_are_listed_before_they_start_and_however_they_end(slurm, stubbed):
+    failing = submit(slurm, stubbed, "slurm/convert.sh", "to-hf", "runs/x", STUB_EXIT="2")
+    refused = submit(slurm, stubbed, "slurm/decay_20b.sh", "lnog")
+    words = ["--hold", "slurm/evaluate.sh", "recipes/miniature.py", "--when", "before"]
+    done = submit_checked(stubbed, *words, **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    (held,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    for job in (failing, refused):
+        assert slurm.wait_end(job) == "FAILED"
+    said = listed(slurm, stubbed)
+    slurm("scancel", held)
+    assert said.keys() == {int(failing), int(refused), int(held)}
+    assert said[int(failing)].startswith("convert failed: exit code 2")
+    assert said[int(refused)].startswith("decay_20b failed: octo slurm: ")
+    assert said[int(held)] == "evaluate pending: JobHeldUser"
+
+
+def test_a_job_that_was_requeued_and_waits_says_why(slurm, stubbed):
+    job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_PLAN_S="5")
+    slurm.wait(job, (stubbed / "runs" / "slurm" / f"{job}.0" / "state").exists)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: slurm.state(job) == "PENDING")
+    why = "asked to end before the ranks had started; waits for BeginTime"
+    wait_for(lambda: listed(slurm, stubbed) == {int(job): f"llama32-3b-stable-200b requeued: {why}"})
+    slurm("scancel", job)
 
 
 # ---- before submission: slurm/submit.sh

@@ -149,7 +149,7 @@ def test_runs_that_have_a_job_are_not_submitted_again(tmp_path: Path, runs: Path
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     words = ["tree", "--", "--nodes=1", "--gpus-per-node=1", "recipes/miniature.py:pipeline"]
     for folder, fails in ((runs / "miniature-stable", True), (runs / "another", False)):
-        squeue.write_text(f"#!/bin/sh\necho '7|PENDING|Priority|{folder}'\n")
+        squeue.write_text(f"#!/bin/sh\necho '7|PENDING|Priority|a|{folder}'\n")
         squeue.chmod(0o755)
         with pytest.raises(BadInput, match=r"of these runs: 7\n") if fails else contextlib.nullcontext():
             main(words)
