@@ -26,9 +26,10 @@ check_logs() { # what `octo slurm check` says of folders, where there is no octo
     local there=$OCTO_RUNS output=${SBATCH_OUTPUT:-slurm/logs/%x-%j.out} folder free
     until [[ -e $there ]]; do there=$(dirname "$there"); done
     local folders=("$there")
-    if [[ ! -c $output ]]; then # of a file's folder Slurm fills in words as %j, and makes none
-        while [[ $output == *%* ]]; do output=$(dirname "$output"); done
-        folders+=("$output")
+    if [[ ! -c $output ]]; then # Slurm makes no folder for it, and fills in words as %j
+        folder=$(dirname "$output")
+        while [[ $folder == *%* ]]; do folder=$(dirname "$folder"); done
+        folders+=("$folder")
     fi
     for folder in "${folders[@]}"; do
         if [[ ! -d $folder || ! -w $folder ]]; then

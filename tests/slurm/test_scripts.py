@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -525,11 +525,10 @@ def test_where_octo_runs_on_nodes_alone_the_folders_for_logs_are_checked_all_the
 
     shutil.move(logs, checkout / "elsewhere")
     refused("log folder slurm/logs cannot be written")
-    done = submit_checked(
-        checkout, "--hold", "slurm/stable_200b.sh", SBATCH_OUTPUT="elsewhere/%u/%j.out", **slurm.environment
-    )
-    (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
-    slurm("scancel", job)
+    for file in ("elsewhere/%u/%j.out", "elsewhere/out", "/dev/null"):
+        done = submit_checked(checkout, "--hold", "slurm/stable_200b.sh", SBATCH_OUTPUT=file, **slurm.environment)
+        (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+        slurm("scancel", job)
     shutil.move(checkout / "elsewhere", logs)
     refused("log folder gone cannot be written", SBATCH_OUTPUT="gone/%j.out")
     site.write_text(f"{site.read_text()}LEAST_FREE_KIB=$((1 << 50))\n")
