@@ -370,12 +370,12 @@ def test_a_pipeline_is_jobs_that_wait_for_what_they_read(slurm, stubbed):
 
 
 def test_a_pipeline_whose_stages_do_not_fit_is_refused(slurm, stubbed):
-    before = slurm("squeue", "-h", "-t", "all", "-o", "%A")
+    before = slurm("squeue", "-h", "-t", "all", "-o", "%A", "-S", "i")
     said = slurm(
         stubbed / "slurm" / "pipeline.sh", "--nodes=3", "recipes/miniature.py:pipeline", check=False, cwd=stubbed
     )
     assert "3 nodes x 8 GPUs: budget.batch_sequences 8 does not divide" in said
-    assert slurm("squeue", "-h", "-t", "all", "-o", "%A") == before
+    assert slurm("squeue", "-h", "-t", "all", "-o", "%A", "-S", "i") == before
 
 
 # ---- what is said of a job: slurm/lib/state.sh
