@@ -29,9 +29,8 @@ tree=$("${OCTO[@]}" slurm tree -- "${options[@]}" "${1:-recipes/road.py:llama32_
 
 declare -A id=()
 trap '(($? == 0 || ${#id[@]} == 0)) || scancel "${id[@]}"' EXIT # all jobs, or none
-while IFS=$'\t' read -r name after asked run script args; do
-    words=(--parsable --job-name="${name// /-}" --kill-on-invalid-dep=yes)
-    [[ $run == - ]] || words+=(--comment="$run")
+while IFS=$'\t' read -r name after asked comment script args; do
+    words=(--parsable --job-name="${name// /-}" --comment="$comment" --kill-on-invalid-dep=yes)
     ids=''
     IFS=, read -ra names <<<"$after"
     for each in "${names[@]}"; do [[ $each == - ]] || ids+=":${id[$each]}"; done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,7 +15,7 @@ from megatron_octo.config.load import load_recipe
 from megatron_octo.config.rl import RLConfig
 from megatron_octo.config.train import MidTrainConfig
 from megatron_octo.errors import BadInput
-from megatron_octo.launch.slurm import SITE, Job, Shape, check_logs, check_shape
+from megatron_octo.launch.slurm import SITE, Job, Shape, check_logs, check_shape, requested_by
 
 KINDS: tuple[type[MidTrainConfig | RLConfig], ...] = (MidTrainConfig, RLConfig)
 
@@ -50,10 +51,14 @@ def main(argv: Sequence[str]) -> None:
     shape = Shape(nodes=nodes, gpus_per_node=own.gpus_per_node or default.gpus_per_node)
     if own.on in ("kubernetes", "skypilot"):
         _check_kubernetes(own, command)
-    arithmetic = check_shape(config, shape)
-    console.logger(__name__).info("%s", arithmetic)
     from megatron_octo.launch import nemo
 
+    if own.on == "slurm":  # by ssh sbatch gets none of this environment
+        directives = [f"--nodes={shape.nodes}", f"--gpus-per-node={shape.gpus_per_node}"]
+        directives += [f"--time={own.time}", f"--signal={nemo.SIGNAL}"]
+        shape = requested_by(directives, {} if own.host else os.environ).shape
+    arithmetic = check_shape(config, shape)
+    console.logger(__name__).info("%s", arithmetic)
     nemo.require_nemo_run()
     if not own.host:
         own.checkout = own.checkout.absolute()

@@ -13,10 +13,10 @@ def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = parser("runs", "How far the runs under OCTO_RUNS are, and who descends from whom. Reads files only.")
     commands = options.add_subparsers(dest="command", required=True, metavar="list | tree | show")
-    commands.add_parser("list", help="a line for each run")
+    commands.add_parser("list", help="a line for each run, and for each Slurm job without one")
     commands.add_parser("tree", help="the descent, from the base models down")
-    show = commands.add_parser("show", help="one run: its saves, its ledger, its descent")
-    show.add_argument("run", metavar="RUN", help="a run's name or folder")
+    show = commands.add_parser("show", help="one run: its saves, its ledger, its descent; or a Slurm job without a run")
+    show.add_argument("run", metavar="RUN", help="a run's name or folder, a job's name or number")
     for each in commands.choices.values():
         each.add_argument("--json", action="store_true", help="machine output")
     own = options.parse_args(argv)
@@ -67,5 +67,7 @@ def _tokens(run: RunStatus) -> str:
 
 
 def _parent(run: RunStatus) -> str:
+    if run.is_job and run.job:
+        return " ".join(run.job.argv[1:])
     parent = run.descent.parent if run.descent else None
     return f"{parent.name} step {parent.step:,}" if parent and parent.step else parent.name if parent else ""

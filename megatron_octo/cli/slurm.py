@@ -24,7 +24,9 @@ from megatron_octo.launch.pipeline import check, write_settings
 from megatron_octo.launch.preflight import driver, faults, node_name
 from megatron_octo.launch.slurm import Job, Shape, check_logs, check_shape, job, requested, tree
 from megatron_octo.platform.process import terminate_as_interrupt
-from megatron_octo.report.jobs import queue
+from megatron_octo.report.jobs import queue, records
+
+TRAINING = ("stable_200b", "decay_20b")  # whose jobs get the options of slurm/pipeline.sh
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser("slurm", "What slurm/*.sh ask. `sbatch slurm/NAME.sh` needs none of these by hand.")
     commands = options.add_subparsers(dest="command", required=True, metavar="check | plan | tree | preflight | node")
     before = commands.add_parser(
-        "check", help="would `sbatch OPTIONS slurm/NAME.sh ARGUMENTS` fit? prints its run's folder"
+        "check", help="would `sbatch OPTIONS slurm/NAME.sh ARGUMENTS` fit? prints the comment that names its run"
     )
     before.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] slurm/NAME.sh [ARGUMENTS]")
     before.set_defaults(run=_check)
@@ -43,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     plan.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME [ARGUMENTS]")
     plan.set_defaults(run=_plan)
     pipeline = commands.add_parser(
-        "tree", help="the jobs of a pipeline, a line each: name, after, sbatch's options, run, script, arguments"
+        "tree", help="the jobs of a pipeline, a line each: name, after, sbatch's options, comment, script, arguments"
     )
     pipeline.add_argument("words", nargs=argparse.REMAINDER, metavar="-- [OPTIONS] RECIPE")
     pipeline.set_defaults(run=_tree)
@@ -70,30 +72,36 @@ def _check(own: argparse.Namespace) -> None:
             f"no script in {' '.join(words)!r}", fix="give sbatch's options, slurm/NAME.sh and its arguments"
         )
     options, script, args = words[:at], Path(words[at]), words[at + 1 :]
-    shape = requested(options, script)
+    asked = requested(options, script)
     found = job(script.stem, args)
     if not found.config:
         importlib.import_module(f"megatron_octo.cli.{found.argv[0]}").parse(found.argv[1:])
-    console.logger(__name__).info("%s\n%s", script, check_shape(found.config, shape))
-    check_logs()
-    if found.run:
-        console.emit(str(found.run.absolute()))
+    console.logger(__name__).info("%s\n%s", script, check_shape(found.config, asked.shape))
+    check_logs(logs=asked.logs)
+    console.emit(_comment(found))
 
 
 def _tree(own: argparse.Namespace) -> None:
     *options, recipe = own.words[1:] if own.words[:1] == ["--"] else own.words
     config = load_recipe(recipe, PipelineConfig, command="slurm/pipeline.sh")
     for stage in (config.stable, *config.branches):
-        check_shape(stage, requested(options, Path("slurm/stable_200b.sh")))
-    check_logs()
+        check_shape(stage, requested(options, Path("slurm/stable_200b.sh")).shape)
+    left = tree(config)
+    for script in sorted({each.script for each in left}):
+        check_logs(logs=requested(options if script in TRAINING else (), Path(f"slurm/{script}.sh")).logs)
     check(config)
     write_settings(config)
-    jobs = [(each, job(each.script, each.args).run) for each in tree(config)]
-    _check_queue([run for _, run in jobs if run])
-    for each, run in jobs:
+    jobs = [(each, job(each.script, each.args)) for each in left]
+    _check_queue([found.run for _, found in jobs if found.run])
+    for each, found in jobs:
         asked = f"--nodes={each.shape.nodes} --gpus-per-node={each.shape.gpus_per_node}" if each.shape else "-"
-        columns = (each.name, ",".join(each.after) or "-", asked, str(run.absolute()) if run else "-", each.script)
+        columns = (each.name, ",".join(each.after) or "-", asked, _comment(found), each.script)
         console.emit("\t".join((*columns, *each.args)))
+
+
+def _comment(found: Job) -> str:
+    """By which `octo runs` knows a job that has not started: its run's folder, or that of all records."""
+    return str((found.run or records()).absolute())
 
 
 def _check_queue(runs: Sequence[Path]) -> None:
@@ -103,7 +111,7 @@ def _check_queue(runs: Sequence[Path]) -> None:
         BadInput: so it is.
     """
     wanted = {str(run.absolute()) for run in runs}
-    if there := [str(job) for job, (*_, comment) in sorted((queue() or {}).items()) if comment in wanted]:
+    if there := [str(job) for job, queued in sorted((queue() or {}).items()) if queued.comment in wanted]:
         raise BadInput(
             f"Slurm has jobs of these runs: {', '.join(there)}",
             fix=f"let them end, or cancel them: scancel {' '.join(there)}",

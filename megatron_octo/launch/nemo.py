@@ -118,7 +118,7 @@ def launch(job: Job, target: Target, *, wait: bool) -> str:
         _, cluster, _, number = name.split("___")
         return f"job {number} of cluster {cluster}: sky logs {cluster} {number}"
     if wait:
-        _follow(name, experiment.jobs[0].executor.tunnel, target.checkout)
+        return _follow(name, experiment.jobs[0].executor.tunnel, target.checkout)
     return f"job {name}"
 
 
@@ -275,10 +275,11 @@ def _name(job: Job) -> str:
     return job.config.name
 
 
-def _follow(job: str, tunnel: Any, checkout: Path) -> None:
+def _follow(job: str, tunnel: Any, checkout: Path) -> str:
     """Wait until Slurm has ended the job for good: requeued and started again it is the same job.
 
-    Where it may not be requeued it names the one that goes on.
+    Where it may not be requeued it names the one that goes on. Returns what to call it, and why it was stopped before
+    its run was done: by a STOP file, say, which ends it well.
 
     Raises:
         OctoError: it did not end well, or Slurm says nothing of it any more.
@@ -299,7 +300,7 @@ def _follow(job: str, tunnel: Any, checkout: Path) -> None:
             raise OctoError(f"job {job} ended {state}: {words}", fix=f"$OCTO_RUNS/slurm/{job}.* has its records")
         if state == "COMPLETED":
             if not words.startswith(GOES_ON):
-                return
+                return f"job {job} {words}" if words.startswith("stopped ") else f"job {job}"
             job = words.removeprefix(GOES_ON).partition(":")[0]
         time.sleep(POLL_S)
 

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,14 @@ SITE = Path("slurm/site.sh")
 LEAST_FREE_BYTES = 1 << 30  # for what Slurm and the ranks print
 SIGNAL_NOTICE_S = 60  # sbatch's own
 MOST_NODES = 1024  # among which a number that fits is looked for
+SBATCH_VARIABLES: Mapping[str, str] = {
+    "SBATCH_GPUS_PER_NODE": "--gpus-per-node",
+    "SBATCH_TIMELIMIT": "--time",
+    "SBATCH_SIGNAL": "--signal",
+    "SBATCH_OUTPUT": "--output",
+    "SBATCH_ERROR": "--error",
+}
+"""What sbatch reads from the environment, of what is checked here; it knows none for nodes."""
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "prepare_data": ("data",),
     "convert": ("convert",),
@@ -176,35 +184,66 @@ def check_shape(config: MidTrainConfig | RLConfig | None, shape: Shape) -> str:
     return allocation
 
 
-def requested(options: Sequence[str], script: Path) -> Shape:
-    """The allocation that `sbatch OPTIONS SCRIPT` asks for, by its options, else by the script's directives.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What a job asks Slurm for, of what can be checked before."""
+
+    shape: Shape
+    logs: tuple[Path, ...]
+    """The folders of what Slurm itself writes, which must be there."""
+
+
+def requested(options: Sequence[str], script: Path) -> Request:
+    """What `sbatch OPTIONS SCRIPT` asks for, in this environment.
 
     Raises:
-        BadInput: there is no such script; or its time limit is over before its signal could be of use.
+        BadInput: there is no such script; or as `requested_by`.
     """
     if not script.is_file():
         raise BadInput(f"no such script: {script}", fix="run it in the repository's folder, as slurm/NAME.sh")
     lines = [line.removeprefix("#SBATCH") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    return requested_by(shlex.split(" ".join(lines), comments=True), os.environ, options)
+
+
+def requested_by(directives: Sequence[str], environment: Mapping[str, str], options: Sequence[str] = ()) -> Request:
+    """What a script's directives, sbatch's variables and its options ask for; as to sbatch, the later say more.
+
+    Raises:
+        BadInput: the time limit is over before the signal could be of use; or the shape is not two numbers.
+    """
+    variables = {name: value for name in SBATCH_VARIABLES if (value := environment.get(name))}
     sbatch = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     sbatch.add_argument("-N", "--nodes", default="1")
     sbatch.add_argument("--gpus-per-node", default="0")
     sbatch.add_argument("-t", "--time", default="")
     sbatch.add_argument("--signal", default="")
-    asked, _ = sbatch.parse_known_args([*shlex.split(" ".join(lines), comments=True), *options])
+    sbatch.add_argument("-o", "--output", default="slurm-%j.out")
+    sbatch.add_argument("-e", "--error", default="")
+    between = [f"{SBATCH_VARIABLES[name]}={value}" for name, value in variables.items()]
+    asked, _ = sbatch.parse_known_args([*directives, *between, *options])
+    by = "".join(f"; the environment has {name}={value}" for name, value in variables.items())
     notice = re.search(r"@(\d+)$", asked.signal)
     limit_s, notice_s = _seconds(asked.time), int(notice[1]) if notice else SIGNAL_NOTICE_S
     if limit_s and asked.signal and limit_s <= notice_s:
         raise BadInput(
-            f"--time={asked.time} --signal={asked.signal}: the job would be asked to end as soon as it starts",
+            f"--time={asked.time} --signal={asked.signal}: the job would be asked to end as soon as it starts{by}",
             fix=f"a --time well above {notice_s:,} s, or a --signal less early: longer than a step and a save take",
         )
     try:
-        return Shape(nodes=int(asked.nodes), gpus_per_node=int(re.sub(r"^.*:", "", asked.gpus_per_node)))
+        shape = Shape(nodes=int(asked.nodes), gpus_per_node=int(re.sub(r"^.*:", "", asked.gpus_per_node)))
     except ValueError:
         raise BadInput(
-            f"--nodes={asked.nodes} --gpus-per-node={asked.gpus_per_node}: not two numbers",
+            f"--nodes={asked.nodes} --gpus-per-node={asked.gpus_per_node}: not two numbers{by}",
             fix="give one number of nodes and one of GPUs: the recipe is checked against them",
         ) from None
+    return Request(shape=shape, logs=tuple(_log_folders(asked.output, asked.error)))
+
+
+def _log_folders(*files: str) -> Iterator[Path]:
+    """Where Slurm writes them; above what it will fill in, as %j. A device has none."""
+    for file in filter(None, files):
+        if not Path(file).is_char_device():
+            yield next(each for each in Path(file).parents if "%" not in str(each))
 
 
 def _seconds(time: str) -> int:
@@ -222,23 +261,28 @@ def _seconds(time: str) -> int:
     return sum(part * size for part, size in zip(parts, (86_400, 3_600, 60, 1), strict=False))
 
 
-def check_logs(checkout: Path = Path()) -> None:
+def check_logs(checkout: Path = Path(), logs: Sequence[Path] = (LOGS,)) -> None:
     """Refuse to submit where the job of a `checkout` could not write what it says.
+
+    Args:
+        checkout: the repository's folder.
+        logs: the folders of what Slurm itself writes: it makes none.
 
     Raises:
         BadInput: a log folder is missing, read-only or full.
     """
-    for folder in (checkout / LOGS, checkout / rundir.runs_root()):
-        there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-        missing = folder == checkout / LOGS and there != folder.absolute()
+    for folder in (*logs, rundir.runs_root()):
+        whole = (checkout / folder).absolute()
+        there = next(each for each in (whole, *whole.parents) if each.exists())
+        missing = folder in logs and there != whole
         if missing or not there.is_dir() or not os.access(there, os.W_OK):
             raise BadInput(
-                f"log folder {folder} cannot be written",
+                f"log folder {checkout / folder} cannot be written",
                 fix="make it, or its parent, yours to write; OCTO_RUNS names another root for runs",
             )
         if (free := shutil.disk_usage(there).free) < LEAST_FREE_BYTES:
             raise BadInput(
-                f"log folder {folder}: {free:,} bytes are left on its disk",
+                f"log folder {checkout / folder}: {free:,} bytes are left on its disk",
                 fix="free at least 1 GiB there, or let OCTO_RUNS name another disk",
             )
 

@@ -17,7 +17,7 @@ from megatron_octo.budget.ledger import FILE as LEDGER
 from megatron_octo.console import duration
 from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.lineage import Lineage
-from megatron_octo.report.jobs import JobStatus, last_jobs
+from megatron_octo.report.jobs import JobStatus, jobs_alone, last_jobs, read_jobs, records
 from megatron_octo.report.load import METRICS
 from megatron_octo.train.state import FILE as STATE
 from megatron_octo.train.state import latest_save, saved_steps
@@ -32,10 +32,11 @@ class RunStatus:
 
     name: str
     folder: Path
-    kind: Literal["train", "rl", ""]
-    state: Literal["new", "running", "stopped", "done", "broken"]
-    """stopped: by its end or by a kill; it would go on after `step`. new: it never saved, or has but a job yet.
-    broken: see `fault`."""
+    kind: str
+    """train or rl, empty while it is not known; of a job without a run the command that it runs, else "job"."""
+    state: str
+    """running, done; stopped: by its end or by a kill; it would go on after `step`. new: it never saved, or has but a
+    job yet. broken: see `fault`. Of a job without a run the job's."""
     step: int
     """Of a running one the last that it logged, else that of its last save."""
     num_steps: int
@@ -54,8 +55,15 @@ class RunStatus:
     fault: str = ""
     """Of a broken one, of which nothing else is known: which file cannot be read, and why."""
 
+    @property
+    def is_job(self) -> bool:
+        """Whether it is no run but a job without one."""
+        return self.kind not in ("train", "rl", "")
+
     def describe(self) -> str:
         """How far it is, in words."""
+        if self.is_job:
+            return self.job.describe() if self.job else ""
         at = f"at step {self.step:,} of {self.num_steps:,}"
         eta = f", eta {duration(self.eta_s)}" if self.eta_s is not None else ""
         words = {
@@ -74,12 +82,16 @@ class RunStatus:
 
 
 def read_runs(root: Path) -> list[RunStatus]:
-    """The training and RL runs in `root`, by name, with those that a job is to begin; a broken one hides no other."""
-    jobs = last_jobs()
+    """The training and RL runs in `root`, by name, with those that a job is to begin; a broken one hides no other.
+
+    After them the jobs without a run, by number.
+    """
+    known = read_jobs()
+    jobs = last_jobs(known)
     names = {each.name for each in root.iterdir() if each.is_dir()} if root.is_dir() else set()
     names |= {run.name for run in jobs if run.parent == root.absolute()}
     found = (_read_or_broken(root / name, jobs) for name in sorted(names))
-    return [run for run in found if run]
+    return [*(run for run in found if run), *map(_job, jobs_alone(known))]
 
 
 def read_run(folder: Path, jobs: Mapping[Path, JobStatus]) -> RunStatus | None:
@@ -107,7 +119,14 @@ def _read_or_broken(folder: Path, jobs: Mapping[Path, JobStatus]) -> RunStatus |
         return replace(_unknown(folder, "broken"), fault=fault)
 
 
-def _unknown(folder: Path, state: Literal["new", "broken"]) -> RunStatus:
+def _job(job: JobStatus) -> RunStatus:
+    """A row for a job without a run."""
+    folder = records() / f"{job.job}.{job.restart}"
+    kind = job.argv[0] if job.argv else "job"
+    return replace(_unknown(folder, job.state), name=job.name, kind=kind, job=job)
+
+
+def _unknown(folder: Path, state: str) -> RunStatus:
     """A run that says nothing of itself."""
     return RunStatus(
         name=folder.name,
@@ -125,21 +144,25 @@ def _unknown(folder: Path, state: Literal["new", "broken"]) -> RunStatus:
 
 
 def find_run(name: str) -> RunStatus:
-    """The run of that name, or in that folder.
+    """The run of that name, or in that folder; else the last job without a run of that name or number.
 
     Raises:
         BadInput: there is none.
     """
-    jobs = last_jobs()
+    jobs = read_jobs()
     for folder in (rundir.run_folder(name), Path(name)):
-        if run := read_run(folder, jobs):
+        if run := read_run(folder, last_jobs(jobs)):
             return run
+    for job in reversed(jobs):
+        if not job.run and name in (job.name, str(job.job)):
+            return _job(job)
     known = ", ".join(run.name for run in read_runs(rundir.runs_root()))
     raise BadInput(f"no run {name!r} in {rundir.runs_root()}", fix=f"there are: {known or 'none'}")
 
 
 def forest(runs: Sequence[RunStatus]) -> dict[str, Any]:
     """The descent of the runs as nested lines: {line: {line of a child: {...}}}."""
+    runs = [run for run in runs if not run.is_job]
     status = {run.name: run for run in runs}
     parents: dict[str, tuple[str, str]] = {}  # of each node: its parent, and what that had read when it left
     for run in sorted(runs, key=lambda run: run.state == "broken"):

@@ -11,6 +11,7 @@ if [[ ! -f $OCTO_SITE ]]; then
     exit 2
 fi
 OCTO_PYTHON=python3 OCTO_EXEC=() OCTO_SRUN=() OCTO_PREFLIGHT='' OCTO_REQUEUE=''
+LEAST_FREE_KIB=1048576 # for what Slurm and the ranks print
 # shellcheck source=slurm/sites/venv.sh
 source "$OCTO_SITE"
 export OCTO_RUNS=${OCTO_RUNS:-$PWD/runs}
@@ -22,13 +23,25 @@ has_octo() { # whether `octo` runs on this machine: a container's may be on node
 }
 
 check_logs() { # what `octo slurm check` says of folders, where there is no octo
-    local folder there
-    for folder in slurm/logs "$OCTO_RUNS"; do
-        there=$folder
-        until [[ -e $there ]]; do there=$(dirname "$there"); done
-        [[ -d $there && -w $there ]] && continue
-        echo "log folder $folder cannot be written
+    local there=$OCTO_RUNS output=${SBATCH_OUTPUT:-slurm/logs/%x-%j.out} folder free
+    until [[ -e $there ]]; do there=$(dirname "$there"); done
+    local folders=("$there")
+    if [[ ! -c $output ]]; then # Slurm makes no folder for it, and fills in words as %j
+        folder=$(dirname "$output")
+        while [[ $folder == *%* ]]; do folder=$(dirname "$folder"); done
+        folders+=("$folder")
+    fi
+    for folder in "${folders[@]}"; do
+        if [[ ! -d $folder || ! -w $folder ]]; then
+            [[ $folder == "$there" ]] && folder=$OCTO_RUNS
+            echo "log folder $folder cannot be written
   fix: make it, or its parent, yours to write; OCTO_RUNS names another root for runs" >&2
+            exit 2
+        fi
+        free=$(df -Pk "$folder" | awk 'NR == 2 { print $4 }')
+        ((free < LEAST_FREE_KIB)) || continue
+        echo "log folder $folder: $free KiB are left on its disk
+  fix: free at least 1 GiB there, or let OCTO_RUNS name another disk" >&2
         exit 2
     done
 }

@@ -166,6 +166,24 @@ def test_nodes_that_the_recipe_does_not_fit_are_refused(checkout: Path):
     assert "fix: sbatch --nodes=2 or --nodes=4" in done.stderr
 
 
+def test_what_slurm_would_end_as_soon_as_it_starts_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(BadInput, match=r"--time=10:00 --signal=B:USR1@900: .* as soon as it starts\n"):
+        main([RECIPE, "--on", "slurm", "--time", "10:00", "--dry-run"])
+
+
+def test_what_sbatch_reads_from_the_environment_here_is_checked(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("SBATCH_GPUS_PER_NODE", "3")
+    with pytest.raises(BadInput, match="8 nodes x 3 GPUs: "):
+        main([RECIPE, "--on", "slurm", "--dry-run"])
+    monkeypatch.setenv("SBATCH_GPUS_PER_NODE", "4")
+    monkeypatch.setattr(nemo, "sbatch_text", lambda job, target: f"{target.shape.ranks} ranks")
+    for host, ranks in (([], 32), (["--host", "cluster"], 64)):  # sbatch there has another environment
+        main([RECIPE, "--on", "slurm", *host, "--dry-run"])
+        assert capsys.readouterr().out == f"{ranks} ranks\n"
+
+
 def test_a_checkout_without_a_site_file_is_refused(checkout: Path):
     (checkout / "bin" / "sbatch").symlink_to("/bin/true")
     where = {"PATH": f"{checkout}/bin{os.pathsep}{os.environ['PATH']}"}
@@ -241,6 +259,21 @@ def test_a_job_is_followed_to_its_end(monkeypatch: pytest.MonkeyPatch, answers: 
     monkeypatch.setattr(nemo, "POLL_S", 0.0)
     with pytest.raises(OctoError, match=end):
         nemo._follow("7", Mock(run=Mock(side_effect=map(answer, answers))), Path())
+
+
+@pytest.mark.parametrize(
+    ("answers", "end"),
+    [
+        (["COMPLETED done runs/x\n"], "job 7"),
+        (
+            ["COMPLETED resubmitted as job 9: saved\n", "COMPLETED stopped by STOP\n"],
+            "job 9 stopped by STOP",
+        ),
+    ],
+)
+def test_a_job_that_was_stopped_ends_well_and_says_so(monkeypatch: pytest.MonkeyPatch, answers: list[str], end: str):
+    monkeypatch.setattr(nemo, "POLL_S", 0.0)
+    assert nemo._follow("7", Mock(run=Mock(side_effect=map(answer, answers))), Path()) == end
 
 
 def test_a_job_of_which_slurm_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch):

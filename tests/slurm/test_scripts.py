@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from megatron_octo import rundir
 from megatron_octo.config.base import to_dict
 from tests.conftest import REPOSITORY, snapshot
 from tests.prepared import stage, write_data
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_for
 
 SCRIPTS = REPOSITORY / "slurm"
 SECRET = "do-not-print-me"
@@ -369,12 +370,12 @@ def test_a_pipeline_is_jobs_that_wait_for_what_they_read(slurm, stubbed):
 
 
 def test_a_pipeline_whose_stages_do_not_fit_is_refused(slurm, stubbed):
-    before = slurm("squeue", "-h", "-t", "all")
+    before = slurm("squeue", "-h", "-t", "all", "-o", "%A", "-S", "i")
     said = slurm(
         stubbed / "slurm" / "pipeline.sh", "--nodes=3", "recipes/miniature.py:pipeline", check=False, cwd=stubbed
     )
     assert "3 nodes x 8 GPUs: budget.batch_sequences 8 does not divide" in said
-    assert slurm("squeue", "-h", "-t", "all") == before
+    assert slurm("squeue", "-h", "-t", "all", "-o", "%A", "-S", "i") == before
 
 
 # ---- what is said of a job: slurm/lib/state.sh
@@ -410,6 +411,40 @@ def test_of_a_job_that_slurm_has_forgotten_its_accounts_say_the_state(accounted_
     forget_jobs(stubbed)
     accounted_slurm.wait(job, lambda: state(accounted_slurm, stubbed, job).startswith("FAILED failed exit code 2"))
     accounted_slurm.wait(held, lambda: state(accounted_slurm, stubbed, held) == "CANCELLED")
+
+
+def listed(slurm: Cluster, checkout: Path) -> dict[int, str]:
+    """What `octo runs list` says, by the job."""
+    octo = [sys.executable, "-m", "megatron_octo", "runs", "list", "--json"]
+    rows = json.loads(slurm(*octo, cwd=checkout, OCTO_RUNS=str(checkout / "runs")))
+    return {row["job"]["job"]: f"{row['name']} {row['job']['state']}: {row['job']['reason']}" for row in rows}
+
+
+def test_jobs_without_a_run_are_listed_before_they_start_and_however_they_end(slurm, stubbed):
+    failing = submit(slurm, stubbed, "slurm/convert.sh", "to-hf", "runs/x", STUB_EXIT="2")
+    refused = submit(slurm, stubbed, "slurm/decay_20b.sh", "lnog")
+    words = ["--hold", "slurm/evaluate.sh", "recipes/miniature.py", "--when", "before"]
+    done = submit_checked(stubbed, *words, **slurm.environment)
+    assert done.returncode == 0, done.stderr
+    (held,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    for job in (failing, refused):
+        assert slurm.wait_end(job) == "FAILED"
+    said = listed(slurm, stubbed)
+    slurm("scancel", held)
+    assert said.keys() == {int(failing), int(refused), int(held)}
+    assert said[int(failing)].startswith("convert failed: exit code 2")
+    assert said[int(refused)].startswith("decay_20b failed: octo slurm: ")
+    assert said[int(held)] == "evaluate pending: JobHeldUser"
+
+
+def test_a_job_that_was_requeued_and_waits_says_why(slurm, stubbed):
+    job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh", STUB_PLAN_S="5")
+    slurm.wait(job, (stubbed / "runs" / "slurm" / f"{job}.0" / "state").exists)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: slurm.state(job) == "PENDING")
+    why = "asked to end before the ranks had started; waits for BeginTime"
+    wait_for(lambda: listed(slurm, stubbed) == {int(job): f"llama32-3b-stable-200b requeued: {why}"})
+    slurm("scancel", job)
 
 
 # ---- before submission: slurm/submit.sh
@@ -449,6 +484,9 @@ def test_submit_checks_and_submits(slurm, stubbed):
         ("slurm/stabel.sh", {}, "no such script: slurm/stabel.sh.*fix: .*slurm/NAME.sh"),
         ("slurm/stable_200b.sh", {"OCTO_SITE": "nowhere.sh"}, "no site file nowhere.sh.*fix: copy one of slurm/sites"),
         ("slurm/stable_200b.sh", {"OCTO_RUNS": "/dev/null/x"}, "log folder /dev/null/x.*fix: .*OCTO_RUNS names"),
+        ("slurm/stable_200b.sh", {"SBATCH_GPUS_PER_NODE": "3"}, "8 nodes x 3 GPUs: .*does not divide.*fix: "),
+        ("slurm/stable_200b.sh", {"SBATCH_TIMELIMIT": "10"}, "as soon as it starts; .*SBATCH_TIMELIMIT=10.*fix: "),
+        ("slurm/stable_200b.sh", {"SBATCH_OUTPUT": "gone/%j.out"}, "log folder gone cannot be written.*fix: "),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_submitted(slurm, checkout, words, environment, message):
@@ -474,6 +512,27 @@ def test_where_octo_runs_on_nodes_alone_jobs_are_submitted_unchecked_and_no_pipe
         done = submit_checked(checkout, *words, OCTO_RUNS=runs, **slurm.environment)
         assert (done.returncode, done.stdout) == (2, "")
         assert re.search(f"{why}.*\n  fix: ", done.stderr), done.stderr
+
+
+def test_where_octo_runs_on_nodes_alone_the_folders_for_logs_are_checked_all_the_same(slurm, checkout):
+    site, logs = checkout / "slurm" / "site.sh", checkout / "slurm" / "logs"
+    site.write_text(f"{site.read_text()}OCTO_PYTHON=/bin/false\n")
+
+    def refused(why: str, **environment: str) -> None:
+        done = submit_checked(checkout, "slurm/stable_200b.sh", **slurm.environment, **environment)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert re.search(f"{why}\n  fix: ", done.stderr), done.stderr
+
+    shutil.move(logs, checkout / "elsewhere")
+    refused("log folder slurm/logs cannot be written")
+    for file in ("elsewhere/%u/%j.out", "elsewhere/out", "/dev/null"):
+        done = submit_checked(checkout, "--hold", "slurm/stable_200b.sh", SBATCH_OUTPUT=file, **slurm.environment)
+        (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
+        slurm("scancel", job)
+    shutil.move(checkout / "elsewhere", logs)
+    refused("log folder gone cannot be written", SBATCH_OUTPUT="gone/%j.out")
+    site.write_text(f"{site.read_text()}LEAST_FREE_KIB=$((1 << 50))\n")
+    refused(r"log folder .*: \d+ KiB are left on its disk")
 
 
 def test_without_slurm_nothing_is_submitted(checkout):

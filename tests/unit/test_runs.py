@@ -17,7 +17,7 @@ from megatron_octo import lineage, rundir
 from megatron_octo.cli.runs import main
 from megatron_octo.config.pipeline import PipelineConfig
 from megatron_octo.errors import BadInput
-from megatron_octo.report.jobs import last_jobs
+from megatron_octo.report.jobs import last_jobs, read_jobs
 from megatron_octo.report.runs import find_run, forest, ledger, read_run, read_runs, saves
 from megatron_octo.train.state import TrainState
 from tests import finished_runs
@@ -164,11 +164,14 @@ def squeue(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return says
 
 
-def start(runs: Path, job: str, run: Path, state: str) -> None:
-    """What a start of a job leaves."""
+def start(runs: Path, job: str, run: Path | None, state: str, command: str | None = "train x") -> None:
+    """What a start of a job leaves: no command if it was refused."""
     (runs / "slurm" / job).mkdir(parents=True)
-    (runs / "slurm" / job / "run").write_text(f"{run}\n")
+    (runs / "slurm" / job / "job.txt").write_text(f"JobId={job} JobName=job-of-{job}\n   UserId=me\n")
     (runs / "slurm" / job / "state").write_text(f"{state}\n")
+    if command:
+        (runs / "slurm" / job / "run").write_text(f"{run}\n" if run else "")
+        (runs / "slurm" / job / "argv").write_text("".join(f"{word}\n" for word in command.split()))
 
 
 @pytest.mark.parametrize(
@@ -176,12 +179,15 @@ def start(runs: Path, job: str, run: Path, state: str) -> None:
     [
         ("failed exit code 1: octo train: CUDA error", "", "start 3 failed: exit code 1: octo train: CUDA error"),
         ("stopped by a STOP file", "RUNNING|None", "start 3 stopped: by a STOP file"),
-        ("requeued saved in time", "PENDING|BeginTime", "start 3 pending: saved in time"),
+        ("requeued saved in time", "COMPLETING|None", "start 3 requeued: saved in time"),
+        ("requeued saved in time", "PENDING|BeginTime", "start 3 requeued: saved in time; waits for BeginTime"),
+        ("requeued saved in time", "RUNNING|None", "start 4 running"),
         ("requeued saved in time", "", "start 3 lost: saved in time"),
-        ("stopped told to end", "PENDING|BeginTime", "start 3 pending: told to end"),
+        ("stopped told to end", "PENDING|None", "start 3 requeued: told to end"),
         ("failed exit code 1", "COMPLETING|None", "start 3 failed: exit code 1"),
         ("resubmitted as job 13: saved in time", "", "start 3 resubmitted: as job 13: saved in time"),
         ("running", "RUNNING|None", "start 3 running"),
+        ("running", "PENDING|BadConstraints", "start 3 requeued: waits for BadConstraints"),
         ("running", "", "start 3 lost"),
     ],
 )
@@ -189,8 +195,8 @@ def test_a_run_is_listed_with_its_last_job(runs, squeue, said, now, words):
     folder = runs / "stable"
     for job, state in (("9.4", "failed earlier"), ("12.0", "requeued"), ("12.2", said)):
         start(runs, job, folder, state)
-    squeue(*([f"12|{now}|{folder}"] if now else []), "13|RUNNING|None|(null)")
-    jobs = last_jobs()
+    squeue(*([f"12|{now}|a|{folder}"] if now else []), "13|RUNNING|None|b|(null)")
+    jobs = last_jobs(read_jobs())
     assert jobs[folder].describe() == f"job 12, {words}"
     assert jobs.keys() == {folder}
 
@@ -200,26 +206,81 @@ def test_a_start_that_says_nothing_leaves_the_others_in_the_list(runs, squeue):
         start(runs, job, runs / name, "done")
     (runs / "slurm" / "9.0" / "state").unlink()
     squeue()
-    said = {run.name: job.describe() for run, job in last_jobs().items()}
+    said = {run.name: job.describe() for run, job in last_jobs(read_jobs()).items()}
     assert said == {"silent": "job 9 lost", "stable": "job 12 done"}
 
 
 def test_a_slurm_that_does_not_answer_loses_no_job(runs, squeue):
     start(runs, "12.0", runs / "stable", "running")
     squeue("END", "exit 1", "cat <<END")
-    assert last_jobs()[runs / "stable"].describe() == "job 12 running"
+    assert last_jobs(read_jobs())[runs / "stable"].describe() == "job 12 running"
+
+
+def test_jobs_without_a_run_are_listed_after_the_runs(pipeline, runs, squeue, capsys, monkeypatch):
+    start(runs, "11.0", None, "failed exit code 2: no checkpoint", "convert to-hf runs/x")
+    start(runs, "12.0", None, "done octo convert", "convert to-hf runs/x")
+    start(runs, "13.0", None, "requeued its time limit was near", "evaluate runs/x")
+    start(runs, "14.0", None, "failed octo slurm: which branch?", None)
+    for job in ("11.0", "12.0"):
+        (runs / "slurm" / job / "job.txt").write_text("JobId=1 JobName=convert\n")
+    squeue(
+        "13|PENDING|BeginTime|evaluate-before-RL|(null)",
+        f"15|PENDING|Dependency|report|{runs}/slurm",
+        "16|PENDING|Priority|of-others|(null)",
+        f"17|PENDING|Dependency|report|{runs}/slurm",
+    )
+    said = {
+        "convert": ("convert", "done", "job 12 done: octo convert", "to-hf runs/x"),
+        "evaluate-before-RL": (
+            "evaluate",
+            "requeued",
+            "job 13 requeued: its time limit was near; waits for BeginTime",
+            "runs/x",
+        ),
+        "job-of-14.0": ("job", "failed", "job 14 failed: octo slurm: which branch?", ""),
+        "report": ("job", "pending", "job 15 pending: Dependency", ""),
+    }
+    *rows, second = read_runs(runs)
+    assert second.describe() == "job 17 pending: Dependency"
+    assert [each.name for each in rows[7:]] == list(said)
+    assert all((each.kind, each.state, each.describe()) == said[each.name][:3] for each in rows[7:])
+    main(["list", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert [(each["name"], each["state"]) for each in listed[7:-1]] == [(name, said[name][1]) for name in said]
+    assert listed[7]["job"]["argv"] == ["convert", "to-hf", "runs/x"]
+    monkeypatch.setenv("COLUMNS", "300")
+    main(["list"])
+    table = capsys.readouterr().out
+    assert all(word in table for words in said.values() for word in words)
+    for name in ("convert", "12"):
+        main(["show", name])
+        assert capsys.readouterr().out.startswith("convert  convert  job 12 done: octo convert")
+    main(["show", "11"])
+    assert "job 11 failed: exit code 2: no checkpoint" in capsys.readouterr().out
+    main(["tree"])
+    assert "convert" not in capsys.readouterr().out
+
+
+def test_records_that_cannot_be_read_hide_no_other_job(runs, squeue):
+    for job in ("11.0", "12.0"):
+        start(runs, job, None, "done octo convert", "convert to-hf runs/x")
+    (runs / "slurm" / "12.0" / "argv").unlink()
+    (runs / "slurm" / "12.0" / "argv").mkdir()  # as root nothing else is refused
+    (runs / "slurm" / "12.0" / "job.txt").unlink()
+    squeue()
+    assert [each.name for each in read_runs(runs)] == ["job-of-11.0", "job 12"]
 
 
 def test_a_run_is_listed_before_its_job_has_begun(pipeline, runs, squeue, capsys):
     start(runs, "12.0", runs / "refused", "failed octo train: unknown setting")
     start(runs, "13.0", runs / "miniature-rl-long", "failed exit code 1")
     squeue(
-        f"21|PENDING|Priority|{runs}/first",
-        f"22|RUNNING|None|{runs}/starting",
-        f"23|PENDING|Dependency|{runs}/miniature-stable",
-        f"24|PENDING|Dependency|{runs}/miniature-rl-long",
-        "25|PENDING|Priority|/elsewhere/third",
-        "26|PENDING|Priority|anything | else",
+        f"21|PENDING|Priority|a|{runs}/first",
+        f"22|RUNNING|None|b|{runs}/starting",
+        f"23|PENDING|Dependency|c|{runs}/miniature-stable",
+        f"24|PENDING|Dependency|d|{runs}/miniature-rl-long",
+        "25|PENDING|Priority|e|/elsewhere/third",
+        "26|PENDING|Priority|f|anything | else",
     )
     (rundir.run_folder("miniature-stable") / rundir.DONE).unlink()
     (rundir.run_folder("miniature-rl-long") / rundir.DONE).unlink()

@@ -80,25 +80,68 @@ def test_rl_has_as_many_nodes_as_it_asks_for():
         assert caught.value.fix.startswith("sbatch --nodes=2 --gpus-per-node=8, or --num-nodes ")
 
 
+STABLE = REPOSITORY / "slurm" / "stable_200b.sh"
+
+
 def test_options_go_before_directives():
-    script = REPOSITORY / "slurm" / "stable_200b.sh"
-    assert requested([], script) == Shape(nodes=8, gpus_per_node=8)
-    assert requested(["-N", "2", "--gpus-per-node=h100:4", "-p", "x"], script) == Shape(nodes=2, gpus_per_node=4)
+    assert requested([], STABLE).shape == Shape(nodes=8, gpus_per_node=8)
+    assert requested(["-N", "2", "--gpus-per-node=h100:4", "-p", "x"], STABLE).shape == Shape(nodes=2, gpus_per_node=4)
     with pytest.raises(BadInput, match="not two numbers"):
-        requested(["--nodes=2-4"], script)
+        requested(["--nodes=2-4"], STABLE)
+
+
+def test_variables_of_sbatch_go_before_directives_and_options_before_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SBATCH_GPUS_PER_NODE", "h100:3")
+    monkeypatch.setenv("SBATCH_NODES", "2")  # sbatch knows no such variable
+    assert requested([], STABLE).shape == Shape(nodes=8, gpus_per_node=3)
+    assert requested(["--gpus-per-node=4"], STABLE).shape == Shape(nodes=8, gpus_per_node=4)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("SBATCH_TIMELIMIT", "4"), ("SBATCH_SIGNAL", "B:USR1@90000")])
+def test_a_variable_by_which_the_time_limit_is_over_before_the_signal_is_named(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(BadInput, match=rf"as soon as it starts; the environment has {variable}={value}"):
+        requested([], STABLE)
+    requested(["--time=1-0", "--signal=B:USR1@900"], STABLE)
+    with pytest.raises(BadInput, match=rf"as soon as it starts; the environment has {variable}={value}"):
+        main(["tree", "--", "--time=1-0", "--signal=B:USR1@900", "recipes/road.py:llama32_3b"])  # RL gets no options
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "logs"),
+    [
+        ([], {}, ["slurm/logs"]),
+        ([], {"SBATCH_OUTPUT": "/a/%x/%j.out", "SBATCH_ERROR": "b/%j.err"}, ["/a", "b"]),
+        (["-o", "%j.out", "--error=/dev/null"], {"SBATCH_OUTPUT": "/a/x"}, ["."]),
+    ],
+)
+def test_the_folders_of_what_slurm_writes_are_those_of_options_variables_and_directives(
+    monkeypatch, options, environment, logs
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert [str(each) for each in requested(options, STABLE).logs] == logs
+
+
+def test_a_folder_that_slurm_would_write_to_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("SBATCH_OUTPUT", f"{tmp_path}/gone/%j.out")
+    with pytest.raises(BadInput, match=f"log folder {tmp_path}/gone cannot be written"):
+        main(["check", "--", "slurm/stable_200b.sh"])
+    (tmp_path / "gone").mkdir()
+    main(["check", "--", "slurm/stable_200b.sh"])
 
 
 @pytest.mark.parametrize("time", ["15", "10:00", "15:00", "0:15:00", "0-0:15", "00:14:59"])
 def test_a_time_limit_that_is_over_before_its_signal_is_refused(time: str):
     with pytest.raises(BadInput, match="asked to end as soon as it starts") as caught:
-        requested([f"--time={time}"], REPOSITORY / "slurm" / "stable_200b.sh")
+        requested([f"--time={time}"], STABLE)
     assert "well above 900 s" in caught.value.fix
 
 
 @pytest.mark.parametrize("words", [["-t", "16"], ["-t15:01"], ["--time=1-0"], ["--time=UNLIMITED"], ["--time=0"]])
 def test_other_time_limits_are_not(words: list[str]):
-    assert requested(words, REPOSITORY / "slurm" / "stable_200b.sh").nodes == 8
-    assert requested(["--time=15", "--signal=B:USR1@300"], REPOSITORY / "slurm" / "stable_200b.sh").nodes == 8
+    assert requested(words, STABLE).shape.nodes == 8
+    assert requested(["--time=15", "--signal=B:USR1@300"], STABLE).shape.nodes == 8
 
 
 def test_runs_that_have_a_job_are_not_submitted_again(tmp_path: Path, runs: Path, monkeypatch, capsys):
@@ -106,7 +149,7 @@ def test_runs_that_have_a_job_are_not_submitted_again(tmp_path: Path, runs: Path
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     words = ["tree", "--", "--nodes=1", "--gpus-per-node=1", "recipes/miniature.py:pipeline"]
     for folder, fails in ((runs / "miniature-stable", True), (runs / "another", False)):
-        squeue.write_text(f"#!/bin/sh\necho '7|PENDING|Priority|{folder}'\n")
+        squeue.write_text(f"#!/bin/sh\necho '7|PENDING|Priority|a|{folder}'\n")
         squeue.chmod(0o755)
         with pytest.raises(BadInput, match=r"of these runs: 7\n") if fails else contextlib.nullcontext():
             main(words)
