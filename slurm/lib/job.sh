@@ -235,7 +235,7 @@ sbatch_alike() { # NODES_LEFT_OUT [OPTIONS]: sbatch of the same job once more
             --time="$(field TimeLimit)" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
             ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} \
             ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"} \
-            ${1:+--exclude="$1"} ${RUN:+--comment="$RUN"} "$0" "${ARGUMENTS[@]}"
+            ${1:+--exclude="$1"} --comment="${RUN:-$OCTO_RUNS/slurm}" "$0" "${ARGUMENTS[@]}"
     )
 }
 
