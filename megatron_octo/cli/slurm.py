@@ -25,6 +25,7 @@ from megatron_octo.launch.preflight import driver, faults, node_name
 from megatron_octo.launch.slurm import Job, Shape, check_logs, check_shape, job, requested, tree
 from megatron_octo.platform.process import terminate_as_interrupt
 from megatron_octo.report.jobs import queue, records
+from megatron_octo.rl.cluster import ADDRESS
 
 TRAINING = ("stable_200b", "decay_20b")  # whose jobs get the options of slurm/pipeline.sh
 
@@ -147,6 +148,8 @@ def _check_inputs(found: Job, shape: Shape) -> None:
         if not run.finished(found.config):
             run.check(found.config, shape.ranks)
         return
+    if found.argv[0] == "rl" and shape.nodes > 1:
+        os.environ.setdefault(ADDRESS, f"{node_name()}:0")  # the ranks will make one cluster of the job's nodes
     with contextlib.redirect_stdout(sys.stderr):
         importlib.import_module(f"megatron_octo.cli.{found.argv[0]}").main([*found.argv[1:], "--dry-run"])
 

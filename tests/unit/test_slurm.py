@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_octo import rundir
+from megatron_octo.cli import rl as rl_command
 from megatron_octo.cli.slurm import main
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
@@ -81,6 +82,17 @@ def test_rl_has_as_many_nodes_as_it_asks_for():
 
 
 STABLE = REPOSITORY / "slurm" / "stable_200b.sh"
+
+
+def test_a_plan_of_rl_on_several_nodes_knows_that_they_will_be_one_cluster(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "")  # undone at the end
+    monkeypatch.delenv("RAY_ADDRESS")
+    words = ["--recipe", "recipes/miniature.py:rl_long", "--num-nodes", "2"]
+    main(["plan", "--nodes", "2", "--gpus-per-node", "1", "--records", str(tmp_path), "rl", *words])
+    assert (tmp_path / "argv").read_text().startswith("rl\n")
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(BadInput, match="RAY_ADDRESS names no cluster"):
+        rl_command.main([*words[1:], "--dry-run"])
 
 
 def test_options_go_before_directives():
