@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections import deque
@@ -216,9 +215,10 @@ def _engine(address: str | None, *, num_nodes: int, num_gpus: int, cuda: bool) -
 @contextlib.contextmanager
 def home() -> Iterator[tuple[Path, dict[str, str]]]:
     """A temporary folder for Ray, and what marks its processes in their environment; both are gone afterwards."""
-    _remove_stale_folders()
-    # Ray's sockets lie in it, and their names may have 107 characters in all
-    name, folder = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir="/tmp"))
+    _clear_stale()
+    name = uuid.uuid4().hex[:8]
+    folder = Path("/tmp") / f"{FOLDER}{os.getpid()}-{name}"  # Ray's sockets' names may have 107 characters in all
+    folder.mkdir(mode=0o700)
     try:
         yield folder, {MARKER: name, "HF_DATASETS_CACHE": str(folder / "datasets")}
     finally:
@@ -242,11 +242,12 @@ def _end(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _remove_stale_folders() -> None:
-    """Remove what clusters whose owner was killed left in /tmp."""
+def _clear_stale() -> None:
+    """End and remove what clusters left whose owner was killed: processes, which may hold a GPU, and folders."""
     for folder in Path("/tmp").glob(f"{FOLDER}*"):
-        owner = folder.name.removeprefix(FOLDER).partition("-")[0]
+        owner, _, name = folder.name.removeprefix(FOLDER).partition("-")
         if not Path("/proc", owner).exists():
+            _sweep(name)
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -22,8 +23,9 @@ from megatron_octo.rl.cluster import (
     NotStarted,
     RunFailed,
     _clean,
-    _remove_stale_folders,
+    _clear_stale,
     _sweep,
+    home,
     members,
     started,
     write_token,
@@ -176,17 +178,32 @@ def test_the_sweep_ends_this_cluster_s_processes_and_no_others() -> None:
             process.wait()
 
 
-def test_folders_of_dead_owners_are_removed_and_those_of_living_ones_stay() -> None:
+def test_what_dead_owners_left_ends_and_is_removed_and_what_living_ones_have_stays() -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    stale, living = Path(f"/tmp/octo-ray-{dead.pid}-test"), Path(f"/tmp/octo-ray-{os.getpid()}-test")
+    stale, living = Path(f"/tmp/octo-ray-{dead.pid}-stale"), Path(f"/tmp/octo-ray-{os.getpid()}-living")
     for folder in (stale, living):
         folder.mkdir()
+    # in a session of its own, as vLLM's engine is, which may outlive a task that is killed
+    left, ours = (
+        subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: name}, start_new_session=True)
+        for name in ("stale", "living")
+    )
     try:
-        _remove_stale_folders()
+        _clear_stale()
         assert not stale.exists() and living.exists()
+        assert left.wait(10) == -signal.SIGKILL and ours.poll() is None
     finally:
         living.rmdir()
+        for process in (left, ours):
+            process.kill()
+            process.wait()
+
+
+def test_a_cluster_s_folder_says_whose_it_is_and_which() -> None:
+    with home() as (folder, marks):
+        assert folder.name == f"octo-ray-{os.getpid()}-{marks[MARKER]}" and folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
 
 
 def test_the_patches_wait_for_imports_and_their_targets_exist() -> None:
