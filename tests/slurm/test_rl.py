@@ -75,7 +75,8 @@ def test_rl_on_two_nodes_goes_on_after_a_kill_and_after_a_time_limit(slurm: Clus
 
     rows = read_metrics(config.output / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
-    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU and row["optim/grad_norm"] > 0 for row in rows)
+    assert all(abs(row["rl/vllm_kl"]) < MOST_VLLM_KL_CPU for row in rows)
+    assert all(row["optim/grad_norm"] > 0 or row["rl/accuracy"] == 1.0 for row in rows), "all right, nothing to learn"
     assert rundir.is_done(config.output)
     for restart in (1, restarts()):
         ranks = (checkout / "runs" / "slurm" / f"{job}.{restart}" / "ranks.txt").read_text()
