@@ -21,6 +21,7 @@ ASKED='asked to end, and its last save is of step'
 TIME='give the job more time (sbatch --time), well above the notice of its signal (--signal)'
 SIGNAL=''      # the last one that asked this job to end
 PASSED_ON=TERM # what its tasks are told then
+UNBOUND=(--cpu-bind=none) # a node's only task has all cores of it; a site's default may be one core a task
 MOST_CLOCK_S=30 # that a node may be off the first one
 MOST_LIMITS=20  # time limits that what saves nothing by step may come to
 
@@ -85,7 +86,7 @@ keep_records() {
 }
 
 one_task() { # COMMAND...
-    "${SRUN[@]}" --nodes=1 --ntasks=1 "$@"
+    "${SRUN[@]}" --nodes=1 --ntasks=1 "${UNBOUND[@]}" "$@"
 }
 
 make_plan() { # NAME [ARGUMENTS]
@@ -133,12 +134,12 @@ check_nodes() {
 }
 
 run_ranks() {
-    local tasks=(--nodes=1 --ntasks=1) part=() srun
+    local tasks=(--nodes=1 --ntasks=1 "${UNBOUND[@]}") part=() srun
     MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12768)) # below those that Linux gives out
     SLURM_JOB_END_TIME=$(date -d "$(field EndTime)" +%s 2>/dev/null) # newer Slurms set it; empty without a time limit
     export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
     if [[ ${ARGV[0]} == rl ]] && ((${#HOSTS[@]} > 1)); then # one Ray of all nodes
-        tasks=(--ntasks="${#HOSTS[@]}" --ntasks-per-node=1)
+        tasks=(--ntasks="${#HOSTS[@]}" --ntasks-per-node=1 "${UNBOUND[@]}")
         part=(slurm node --gpus "$GPUS" --token "$LOGS/ray_token" --)
         trap 'rm -f "$LOGS/ray_token"' EXIT
     elif [[ ${ARGV[0]} == train ]]; then

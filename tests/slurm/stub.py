@@ -31,7 +31,7 @@ if argv[0] == "slurm":
     sys.exit(app.main(argv))
 
 names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURMD_NODENAME", "MASTER_ADDR", "MASTER_PORT")
-names += ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_END_TIME")
+names += ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_END_TIME", "SLURM_CPU_BIND_TYPE")
 if "STUB_WAITS" in os.environ:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))

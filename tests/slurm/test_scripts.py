@@ -55,7 +55,7 @@ def assert_a_rank_a_gpu(said: list[list], job: str, *, num_nodes: int) -> None:
     """Tasks of a training's job are its ranks, eight a node in order, which meet at the first node."""
     size = 8 * num_nodes
     assert sorted(int(rank) for _, rank, *_ in said) == list(range(size))
-    for _, rank, *where, _ in said:
+    for _, rank, *where, _, _ in said:
         node, local = divmod(int(rank), 8)
         meet = ["node1", str(20000 + int(job)), "0,1,2,3,4,5,6,7"]
         assert where == [str(size), str(local), f"node{node + 1}", *meet]
@@ -114,8 +114,8 @@ def test_training_on_64_nodes_starts_unchanged(wide_slurm: Cluster, stubbed: Pat
 def test_other_stages_start_unchanged_with_one_task(slurm, stubbed, script, args, command):
     job = submit(slurm, stubbed, f"slurm/{script}.sh", *args)
     assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
-    ((argv, rank, size, *_),) = tasks(stubbed, f"{job}.0")
-    assert (argv, rank, size) == (command, "0", "1")
+    ((argv, rank, size, *_, bound),) = tasks(stubbed, f"{job}.0")
+    assert (argv, rank, size, bound) == (command, "0", "1", "none")
 
 
 def test_model_branch_nodes_and_overrides_come_from_the_command_line(slurm, stubbed):
