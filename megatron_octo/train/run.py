@@ -269,7 +269,7 @@ def _train(
         observer.step_ended(state.step, result, rate, {"optim/weight_decay": weight_decay, **numbers})
         state = saver.step_ended(state, result.votes, ledger)
         stopped = result.votes.stop > 0
-    saver.wait()
+    saver.end()
 
     observer.finished(stopped=stopped)
     return state

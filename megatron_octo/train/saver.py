@@ -67,8 +67,8 @@ class Saver:
         """
         if self._is_source:
             minutes = self._config.save.every_minutes
-            if rundir.take_file(self._run / rundir.STOP):
-                self._asked_stop = True
+            if not self._asked_stop and (self._run / rundir.STOP).exists():
+                self._asked_stop = True  # it stays until it is heeded, maybe by a rerun
                 logger(__name__).info("found %s: a last save, and the end", self._run / rundir.STOP)
             self._asked_save |= rundir.take_file(self._run / rundir.SAVE) or (
                 minutes is not None and time.monotonic() - self._last_s >= 60 * minutes
@@ -121,6 +121,16 @@ class Saver:
         on_source(f"{self._run}/checkpoints is not in order", lambda: self._tidy(writing.folder), fix=FIX)
         logger(__name__).info("saved %s", writing.folder)
         self._observer.saved()
+
+    def end(self) -> None:
+        """Wait for the save under way, if any; a STOP file that asked for it is heeded then, and removed.
+
+        Raises:
+            OctoError: it cannot be written.
+        """
+        self.wait()
+        if self._asked_stop:
+            rundir.take_file(self._run / rundir.STOP)
 
     def _tidy(self, newest: Path) -> None:
         """Name the newest save, and remove what it supersedes and what killed attempts left."""

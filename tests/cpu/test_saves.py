@@ -266,6 +266,20 @@ def test_a_full_disk_of_any_rank_stops_all_with_its_message(
     assert octo(zygote, config, tmp_path, ranks=2).wait() == [0, 0]
 
 
+def test_a_stop_file_whose_save_failed_is_heeded_by_the_next_start(
+    data: Path, runs: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    config, run = stage(data, "run", steps=4000, save_every=4000), runs / "run"
+    run.mkdir(parents=True)
+    (run / "STOP").touch()
+    before = ("tests.cpu.faults:install", "full", 2, str(tmp_path / "operations"))
+    assert octo(zygote, config, tmp_path, before=before).wait() == [1]
+    assert (run / "STOP").exists()
+    assert octo(zygote, config, tmp_path).wait() == [0]
+    assert saved_steps(run) == [1]
+    assert not (run / "STOP").exists()
+
+
 # ---- changed bytes
 
 
