@@ -24,5 +24,11 @@ class SettingsError(BadInput, ValueError):
     """A settings object that contradicts itself. A ValueError, so that tyro and pydantic report it too."""
 
 
+class StoppedByWatch(OctoError):
+    """A run was ended because it goes wrong in a way that going on would not mend: a person decides; exit code 3."""
+
+    exit_code = 3
+
+
 class VerificationError(OctoError):
     """A result did not pass its own check; exit code 1."""

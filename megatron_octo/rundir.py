@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -183,14 +184,20 @@ def lock(folder: Path) -> Iterator[None]:
     """Own `folder` for the block; the operating system lets go when the process dies.
 
     Raises:
-        BadInput: another process owns it.
+        BadInput: another process owns it, or its file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise _owned(folder) from None
+        except OSError as error:
+            raise BadInput(
+                f"run folder {folder} cannot be locked: {error}",
+                fix="mount its file system with locks (Lustre: -o flock), or let OCTO_RUNS name a folder on one that "
+                "has them",
+            ) from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -206,8 +213,10 @@ def in_use(folder: Path) -> bool:
     with path.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:  # a file system without locks
+            return False
         fcntl.flock(file, fcntl.LOCK_UN)
     return False
 
@@ -220,6 +229,18 @@ def check_free(folder: Path) -> None:
     """
     if in_use(folder):
         raise _owned(folder)
+
+
+def wait_until_free(folder: Path, *, grace_s: float) -> None:
+    """Give a process that is ending, maybe on a node that was lost, so much time to let go of `folder`.
+
+    Raises:
+        BadInput: a process still owns `folder` after that.
+    """
+    deadline = time.monotonic() + grace_s
+    while in_use(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    check_free(folder)
 
 
 def _owned(folder: Path) -> BadInput:

@@ -8,7 +8,9 @@
 #SBATCH --time=00:30:00
 #SBATCH --output=slurm/logs/%x-%j.out
 set -euo pipefail
-cd "${OCTO_HOME:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
+here=$(dirname "$0")/..
+[[ -f $here/slurm/lib/site.sh ]] || here=$SLURM_SUBMIT_DIR # this is the copy that Slurm made of it
+cd "${OCTO_HOME:-$here}"
 source slurm/lib/site.sh
 need_slurm
 
@@ -30,7 +32,8 @@ tree=$("${OCTO[@]}" slurm tree -- "${options[@]}" "${1:-recipes/road.py:llama32_
 declare -A id=()
 trap '(($? == 0 || ${#id[@]} == 0)) || scancel "${id[@]}"' EXIT # all jobs, or none
 while IFS=$'\t' read -r name after asked comment script args; do
-    words=(--parsable --job-name="${name// /-}" --comment="$comment" --kill-on-invalid-dep=yes)
+    mapfile -t words < <(cpu_options "slurm/$script.sh")
+    words+=(--parsable --job-name="${name// /-}" --comment="$comment" --kill-on-invalid-dep=yes)
     ids=''
     IFS=, read -ra names <<<"$after"
     for each in "${names[@]}"; do [[ $each == - ]] || ids+=":${id[$each]}"; done
@@ -39,6 +42,7 @@ while IFS=$'\t' read -r name after asked comment script args; do
     IFS=' ' read -ra own <<<"$asked"
     [[ $asked == - ]] || words+=("${own[@]}")
     IFS=$'\t' read -ra arguments <<<"$args"
-    id[$name]=$(sbatch "${words[@]}" "slurm/$script.sh" "${arguments[@]}")
+    id[$name]=$(sbatch_afresh "${words[@]}" "slurm/$script.sh" "${arguments[@]}")
+    id[$name]=${id[$name]%%;*} # without the cluster's name
     echo "job ${id[$name]}  $name${ids:+  after ${ids#:}}"
 done <<<"$tree"

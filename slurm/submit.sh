@@ -9,6 +9,8 @@ need_slurm
 for ((n = 1; n <= $#; n++)); do
     [[ ${!n} == *.sh ]] || continue
     [[ ${!n} == *pipeline.sh ]] && exec slurm/pipeline.sh "${@:1:n-1}" "${@:n+1}"
+    mapfile -t own < <(cpu_options "${!n}")
+    set -- "${own[@]}" "$@"
     break
 done
 run=''
@@ -18,4 +20,4 @@ else
     echo "${OCTO[*]} does not run on this machine: the recipe is checked when the job starts" >&2
     check_logs
 fi
-exec sbatch ${run:+--comment="$run"} "$@" # `octo runs list` reads it while the job waits
+sbatch_afresh ${run:+--comment="$run"} "$@" # by which `octo runs list` knows a job that waits

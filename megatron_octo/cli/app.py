@@ -31,7 +31,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
+    """Run one command; the exit code: 0 done, 1 failed, 2 bad input, 3 stopped by the watch, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     verbose = any(arg in VERBOSE for arg in args)
     args = [arg for arg in args if arg not in VERBOSE]

@@ -27,6 +27,8 @@ from megatron_octo.platform.process import terminate_as_interrupt
 from megatron_octo.report.jobs import queue, records
 from megatron_octo.rl.cluster import ADDRESS
 
+LOCK_GRACE_S = 660.0
+"""Ranks that outlive their start, on a node that Slurm lost, end themselves: their watchdog waits 540 s for a step."""
 TRAINING = ("stable_200b", "decay_20b")  # whose jobs get the options of slurm/pipeline.sh
 
 
@@ -142,6 +144,9 @@ def _check_inputs(found: Job, shape: Shape) -> None:
     Raises:
         BadInput: so it is.
     """
+    if found.run and os.environ.get("SLURM_RESTART_COUNT") and rundir.in_use(found.run):
+        console.logger(__name__).warning("%s is in use: by ranks that outlived their start? waits for them", found.run)
+        rundir.wait_until_free(found.run, grace_s=LOCK_GRACE_S)
     if isinstance(found.config, MidTrainConfig):
         from megatron_octo.train import run
 
@@ -165,11 +170,22 @@ def _preflight(own: argparse.Namespace) -> None:
 def _node(own: argparse.Namespace) -> None:
     from megatron_octo.rl.node import Meeting, follow, lead
 
-    host = socket.gethostbyname(os.environ["MASTER_ADDR"])
-    port, token = int(os.environ["MASTER_PORT"]), own.token.absolute()
-    meeting = Meeting(host=host, port=port, token=token, num_gpus=own.gpus)
+    token = own.token.absolute()
+    _, *others = token.with_name("hosts").read_text().split()
+    host = _address(os.environ["MASTER_ADDR"], others)
+    meeting = Meeting(host=host, port=int(os.environ["MASTER_PORT"]), token=token, num_gpus=own.gpus)
     with terminate_as_interrupt():
         if os.environ["SLURM_PROCID"] != "0":
             follow(meeting)
         elif code := lead(meeting, own.words[1:]):
             sys.exit(code)
+
+
+def _address(name: str, others: Sequence[str]) -> str:
+    """Of a node, as others reach it: to itself it may be 127.0.1.1, by Debian's /etc/hosts."""
+    address = socket.gethostbyname(name)
+    if not address.startswith("127.") or not others:
+        return address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect((others[0], 9))  # sends nothing
+        return str(route.getsockname()[0])

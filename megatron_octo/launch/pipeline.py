@@ -181,27 +181,16 @@ def _check_outputs(config: PipelineConfig) -> None:
     for made in (config.corpora, config.tokenizer):
         if made:
             rundir.is_written(made.output, to_dict(made))
+    # those of a killed pipeline take a moment to end
     for source in config.prepare:  # a source that was begun goes on
-        _wait_until_free(source.output)
+        rundir.wait_until_free(source.output, grace_s=GRACE_S)
         check_output(source)
     for stage in (config.stable, *config.branches):
-        _wait_until_free(rundir.run_folder(stage.name))
+        rundir.wait_until_free(rundir.run_folder(stage.name), grace_s=GRACE_S)
         finished(stage)
     for run in config.rl:
-        _wait_until_free(run.output)
+        rundir.wait_until_free(run.output, grace_s=GRACE_S)
         rundir.check_config(run.output, to_dict(run))
-
-
-def _wait_until_free(folder: Path) -> None:
-    """Give the stages of a killed pipeline the moment they take to end.
-
-    Raises:
-        BadInput: a process still owns `folder` after that.
-    """
-    deadline = time.monotonic() + GRACE_S
-    while rundir.in_use(folder) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    rundir.check_free(folder)
 
 
 def _train_and_export(config: PipelineConfig, stage: MidTrainConfig) -> Iterator[Stage]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_octo import console, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.rl import LengthStage, RLConfig
-from megatron_octo.errors import OctoError, VerificationError
+from megatron_octo.errors import OctoError, StoppedByWatch, VerificationError
 from megatron_octo.rl import agent, collect, prompts, saves, watch
 from megatron_octo.rl.cluster import Cluster, RunFailed, cluster, meaningful, require_linux
 from megatron_octo.rl.command import AGENT, FINAL, PROMPTS, TENSORBOARD, VALIDATION, command
@@ -43,7 +43,8 @@ def run_all(configs: Sequence[RLConfig]) -> list[Path]:
     Raises:
         BadInput: a model, a prompt file or a setting is wrong. Nothing is written then.
         VerificationError: metrics or weights are missing, or a border of the length schedule was missed.
-        OctoError: the watch stopped a run, or OpenRLHF failed; the message has the end of its log.
+        StoppedByWatch: the watch stopped a run.
+        OctoError: OpenRLHF failed; the message has the end of its log.
     """
     pending = [config for config in configs if not _skip(config)]
     if pending:
@@ -157,7 +158,7 @@ def _answer(config: RLConfig, finding: watch.Finding) -> None:
     """Do what a finding asks for, now that OpenRLHF has ended: have the run go back to an earlier save, or stop.
 
     Raises:
-        OctoError: it is to stop, or there is no save to go back to.
+        StoppedByWatch: it is to stop, or there is no save to go back to.
     """
     output = config.output
     said = f"{config.name}, step {finding.step}: {finding.what}"
@@ -173,7 +174,7 @@ def _answer(config: RLConfig, finding: watch.Finding) -> None:
         # OpenRLHF may have saved the step at fault while it was being ended
         saves.go_back(output, max((step for step in steps if step < finding.step), default=0))
     before = f"the last save from before step {finding.since} is of step {good}" if good else "no save is from before"
-    raise OctoError(
+    raise StoppedByWatch(
         f"{said}; {before}",
         fix=f"see {output / LOG} and docs/rl.md; run it again with watch.on_* roll_back to go back to such a save, "
         "log to go on from the last one, or begin anew with other settings in another folder",

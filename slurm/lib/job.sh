@@ -5,9 +5,9 @@
 #   plan     the `octo` command, checked against the allocation before anything runs
 #   preflight  a check of each node; a bad one is left out and the job requeued
 #   ranks    one a GPU for training, one a node for RL on several, else one task; they meet at the first node
-#   end      done, stopped, failed, or requeued: never again for bad input, nor after OCTO_TRIES starts without a save
-#            (MOST_LIMITS time limits, where nothing is saved by step);
-#            where Slurm may not requeue (OCTO_REQUEUE=resubmit), as a new job
+#   end      done, stopped, failed, or requeued: never again for bad input or what RL's watch stopped, nor after
+#            OCTO_TRIES starts without a save (MOST_LIMITS time limits, where nothing is saved by step);
+#            where Slurm may not requeue, as a new job
 #
 # Exit codes are looked at one by one: `set -e` does not go with traps and `wait`.
 set -uo pipefail
@@ -16,6 +16,7 @@ RESTART=${SLURM_RESTART_COUNT:-0}
 GPUS=${SLURM_GPUS_PER_NODE-0} GPUS=${GPUS##*:} # `--exclusive` grants all that a node has, but this many were asked for
 RUN=''
 CHAIN="${OCTO_CHAIN-} $SLURM_JOB_ID" # this job, after those that it goes on from
+STEP=''                              # the process of srun, once the ranks are started
 TOLD='told to end; if Slurm took the nodes away it queues the job again'
 ASKED='asked to end, and its last save is of step'
 TIME='give the job more time (sbatch --time), well above the notice of its signal (--signal)'
@@ -24,6 +25,10 @@ PASSED_ON=TERM # what its tasks are told then
 UNBOUND=(--cpu-bind=none) # a node's only task has all cores of it; a site's default may be one core a task
 MOST_CLOCK_S=30 # that a node may be off the first one
 MOST_LIMITS=20  # time limits that what saves nothing by step may come to
+ASKS=60         # that Slurm's controller gets to answer: it may be restarting, or failing over
+ASK_AGAIN_S=10
+BAD_INPUT=2
+STOPPED_BY_WATCH=3 # a person is to decide how the run goes on
 
 say() { echo "[$(date +%FT%T)] job $SLURM_JOB_ID.$RESTART: $*" >&2; }
 
@@ -37,6 +42,7 @@ run_job() { # NAME [ARGUMENTS]
     cd "${OCTO_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
     source slurm/lib/site.sh
     ARGUMENTS=("${@:2}")
+    export SLURM_EXPORT_ENV=ALL # tasks get what is set here, whatever sbatch --export says
     trap 'asked USR1' USR1
     trap 'asked TERM' TERM
     keep_records
@@ -50,17 +56,29 @@ run_job() { # NAME [ARGUMENTS]
 
 asked() { # SIGNAL
     SIGNAL=$1
-    is_current || return 0
+    is_current 1 || return 0
     say "SIG$1: the tasks are asked to save and to end"
-    scancel --signal="$PASSED_ON" "$SLURM_JOB_ID" 2>/dev/null # steps only, not this script
+    # steps only, not this script; srun passes it on, too, without Slurm's controller
+    scancel --signal="$PASSED_ON" "$SLURM_JOB_ID" 2>/dev/null || { [[ $STEP ]] && kill -s "$PASSED_ON" "$STEP"; }
 }
 
-is_current() { # false for a script that outlived its start, on a node that Slurm had lost, say: it must touch no other
-    [[ $(field Restarts) == "$RESTART" ]]
+is_current() { # [ASKS]: false for a script that outlived its start, on a node that Slurm had lost, say: it must touch
+    local restarts # no other. Where Slurm does not answer there can be no other either.
+    restarts=$(field Restarts "$@")
+    [[ ${restarts:-$RESTART} == "$RESTART" ]]
 }
 
-field() { # NAME: of this job, as Slurm has it
-    scontrol show job "$SLURM_JOB_ID" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p"
+field() { # NAME [ASKS]: of this job, as Slurm has it; empty where it does not answer
+    local shown asks=${2:-$ASKS}
+    until shown=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null); do
+        ((--asks > 0)) || return 0
+        sleep "$ASK_AGAIN_S"
+    done
+    sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" <<<"$shown"
+}
+
+is_bad_input() { # CODE: of a job that has run before it is more likely a disk's fault, or a node's
+    (($1 == BAD_INPUT && RESTART == 0)) && [[ ! ${OCTO_CHAIN-} ]]
 }
 
 give_way() { # to a signal that came before the ranks had started
@@ -70,11 +88,16 @@ give_way() { # to a signal that came before the ranks had started
 }
 
 keep_records() {
+    if [[ ${SLURM_ARRAY_JOB_ID-} ]]; then
+        echo "an array's tasks would all be the same run
+  fix: submit without --array; a job queues itself again until its run is done" >&2
+        exit "$BAD_INPUT"
+    fi
     LOGS=$OCTO_RUNS/slurm/$SLURM_JOB_ID.$RESTART
     if ! mkdir -p "$LOGS" || ! echo running >"$LOGS/state"; then
         echo "log folder $LOGS cannot be written
   fix: let OCTO_RUNS, in the site file, name a folder with room that is yours to write" >&2
-        exit 2
+        exit "$BAD_INPUT"
     fi
     mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     printf '%s\n' "${HOSTS[@]}" >"$LOGS/hosts"
@@ -95,8 +118,9 @@ make_plan() { # NAME [ARGUMENTS]
         --records "$LOGS" "$@" 2>&1 | tee "$LOGS/plan.log" >&2
     code=${PIPESTATUS[0]}
     RUN=$(cat "$LOGS/run" 2>/dev/null)
+    [[ $RUN ]] && scontrol update "JobId=$SLURM_JOB_ID" "Comment=$RUN" 2>/dev/null # by which others know whose job it is
     give_way
-    ((code == 0 || code == 2)) || check_nodes # it may be this node's fault
+    ((code == 0)) || is_bad_input "$code" || check_nodes # it may be this node's fault
     ((code == 0)) || go_on "$code" "$(reason "$LOGS/plan.log")"
     mapfile -t ARGV <"$LOGS/argv"
 }
@@ -109,11 +133,7 @@ check_nodes() {
         --command "$OCTO_PREFLIGHT" 2>"$LOGS/preflight_srun.txt"
     cat "$LOGS/preflight_srun.txt" >&2
     give_way
-    # each said its time, which is between this node's before and after, however long it took to start
-    said=$(awk -v before="$before" -v after="$(date +%s)" -v most="$MOST_CLOCK_S" '
-        $2 == "ok" { off = $3 < before ? $3 - before : $3 > after ? $3 - after : 0 }
-        $2 == "ok" && off * off > most * most { $0 = $1 " bad: its clock is " off " s off that of the first node" }
-        { print }' "$LOGS/preflight.txt")
+    said=$(judge_clocks "$before" "$(date +%s)" <"$LOGS/preflight.txt")
     if (($(awk '$2 == "ok" { print $4 }' "$LOGS/preflight.txt" | sort -u | wc -l) > 1)); then
         say "the nodes' drivers differ: $(awk '$2 == "ok" { print $1 " " $4 }' "$LOGS/preflight.txt" | paste -sd,)"
     fi
@@ -133,10 +153,28 @@ check_nodes() {
     requeue "without $bad, which failed the preflight" "$bad"
 }
 
+judge_clocks() { # BEFORE AFTER: each node said its time, which is between this one's, however long it took to start
+    awk -v before="$1" -v after="$2" -v most="$MOST_CLOCK_S" -v first="${HOSTS[0]}" '
+        { line[NR] = $0; node[NR] = $1 }
+        $2 == "ok" {
+            good += 1
+            off = $3 < before ? $3 - before : $3 > after ? $3 - after : 0
+            if (off * off > most * most) { wrong[NR] = off; bad += 1; last = off }
+        }
+        END {
+            for (n = 1; n <= NR; n++)
+                if (2 * bad <= good && n in wrong) # else it is the first one that is off
+                    print node[n] " bad: its clock is " wrong[n] " s off that of the first node"
+                else if (2 * bad > good && node[n] == first)
+                    print first " bad: its clock is " -last " s off that of most others"
+                else print line[n]
+        }'
+}
+
 run_ranks() {
-    local tasks=(--nodes=1 --ntasks=1 "${UNBOUND[@]}") part=() srun
+    local tasks=(--nodes=1 --ntasks=1 "${UNBOUND[@]}") part=()
     MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12768)) # below those that Linux gives out
-    SLURM_JOB_END_TIME=$(date -d "$(field EndTime)" +%s 2>/dev/null) # newer Slurms set it; empty without a time limit
+    SLURM_JOB_END_TIME=$(date -d "$(field EndTime 1)" +%s 2>/dev/null) # newer Slurms set it; empty without a time limit
     export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
     if [[ ${ARGV[0]} == rl ]] && ((${#HOSTS[@]} > 1)); then # one Ray of all nodes
         tasks=(--ntasks="${#HOSTS[@]}" --ntasks-per-node=1 "${UNBOUND[@]}")
@@ -149,11 +187,12 @@ run_ranks() {
     fi
     give_way
     say "octo ${ARGV[*]} on ${#HOSTS[@]} nodes, from ${HOSTS[0]} on; output in $LOGS/ranks.txt"
-    "${SRUN[@]}" "${tasks[@]}" --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" \
+    # --wait=0: a rank may go on for as long as it likes after the others, whatever the site's default: it may be writing
+    "${SRUN[@]}" "${tasks[@]}" --wait=0 --kill-on-bad-exit=1 --label --output="$LOGS/ranks.txt" \
         "${OCTO[@]}" "${part[@]}" "${ARGV[@]}" 2>"$LOGS/srun.txt" &
-    srun=$!
-    while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done # a trap ends `wait` early
-    wait "$srun"
+    STEP=$!
+    while kill -0 "$STEP" 2>/dev/null; do wait "$STEP"; done # a trap ends `wait` early
+    wait "$STEP"
     CODE=$?
     cat "$LOGS/srun.txt" >&2
     # srun's own code is the highest: that of ranks that were ended because of the first
@@ -182,7 +221,7 @@ end_job() {
 
 go_on() { # EXIT_CODE REASON [FIX]: queue the job again, unless too many starts got it no further
     local most=${OCTO_TRIES:-3} at job
-    (($1 == 2)) && finish failed 2 "$2" # bad input
+    { is_bad_input "$1" || (($1 == STOPPED_BY_WATCH)); } && finish failed "$1" "$2"
     at=$(last_save)
     [[ $SIGNAL == USR1 && ! $RUN ]] && at=limit most=$MOST_LIMITS
     echo "$at" >"$LOGS/ended_at"
@@ -211,7 +250,7 @@ requeue() { # REASON [NODES]: start again, without these nodes
     left_out+=${2:+${left_out:+,}$2}
     trap '' TERM # Slurm's, for this very requeue
     is_current || finish stopped 0 "$TOLD"
-    if [[ $OCTO_REQUEUE == resubmit ]]; then
+    if [[ $OCTO_REQUEUE == resubmit || $(field Requeue) == 0 ]]; then
         next=$(resubmit "$left_out") || finish failed 1 "no job could be submitted to go on ($1)
   fix: submit the same command again${left_out:+, with sbatch --exclude=$left_out}; it goes on from the last save"
         finish resubmitted 0 "as job $next: $1"
@@ -221,23 +260,20 @@ requeue() { # REASON [NODES]: start again, without these nodes
   fix: have $left_out mended, or submit the same command on fewer nodes (sbatch --nodes); it goes on from the last save"
     fi
     scontrol requeue "$SLURM_JOB_ID" || finish failed 1 "cannot be requeued here ($1)
-  fix: set OCTO_REQUEUE=resubmit in the site file, and submit the same command again${2:+, with sbatch --exclude=$left_out};
-       it goes on from the last save"
+  fix: submit the same command again${2:+, with sbatch --exclude=$left_out}, and set OCTO_REQUEUE=resubmit in the site file
+       if this cluster never requeues; it goes on from the last save"
     # pending from now on, so its nodes can be changed
     [[ ${2-} ]] && scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$left_out"
     finish requeued 0 "$1"
 }
 
 sbatch_alike() { # NODES_LEFT_OUT [OPTIONS]: sbatch of the same job once more
-    (
-        unset SLURM_RESTART_COUNT # this one's
-        OCTO_CHAIN=$CHAIN sbatch "${@:2}" \
-            --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" \
-            --time="$(field TimeLimit)" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
-            ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} \
-            ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"} \
-            ${1:+--exclude="$1"} --comment="${RUN:-$OCTO_RUNS/slurm}" "$0" "${ARGUMENTS[@]}"
-    )
+    OCTO_CHAIN=$CHAIN sbatch_afresh "${@:2}" \
+        --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" \
+        --time="$(field TimeLimit)" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
+        ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} \
+        ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"} \
+        ${1:+--exclude="$1"} --comment="${RUN:-$OCTO_RUNS/slurm}" "$0" "${ARGUMENTS[@]}"
 }
 
 resubmit() { # NODES_LEFT_OUT: the same job, after this one; what waits for this one waits for it. Prints its id.

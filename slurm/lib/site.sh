@@ -10,7 +10,7 @@ if [[ ! -f $OCTO_SITE ]]; then
        OCTO_SITE names another file" >&2
     exit 2
 fi
-OCTO_PYTHON=python3 OCTO_EXEC=() OCTO_SRUN=() OCTO_PREFLIGHT='' OCTO_REQUEUE=''
+OCTO_PYTHON=python3 OCTO_EXEC=() OCTO_SRUN=() OCTO_CPU_SBATCH=() OCTO_PREFLIGHT='' OCTO_REQUEUE=''
 LEAST_FREE_KIB=1048576 # for what Slurm and the ranks print
 # shellcheck source=slurm/sites/venv.sh
 source "$OCTO_SITE"
@@ -44,6 +44,20 @@ check_logs() { # what `octo slurm check` says of folders, where there is no octo
   fix: free at least 1 GiB there, or let OCTO_RUNS name another disk" >&2
         exit 2
     done
+}
+
+sbatch_afresh() ( # [OPTIONS] SCRIPT [ARGUMENTS]: sbatch, whose job must not take an allocation's SLURM_* for its own
+    if [[ ${SLURM_JOB_ID-} ]]; then
+        for name in "${!SLURM_@}"; do
+            [[ $name =~ ^SLURM_(CONF|JWT|CLUSTERS)$ ]] || unset "$name"
+        done
+    fi
+    exec sbatch "$@"
+)
+
+cpu_options() { # SCRIPT: the site's, a line each, for a job that asks for no GPU
+    [[ ! -f $1 ]] || grep -q '^#SBATCH --gpus' "$1" || ((${#OCTO_CPU_SBATCH[@]} == 0)) ||
+        printf '%s\n' "${OCTO_CPU_SBATCH[@]}"
 }
 
 need_slurm() {

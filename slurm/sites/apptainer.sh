@@ -22,3 +22,4 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
 # A check of your own on each node: it must exit with 0. This one runs nccl-tests on a node's GPUs, at least 300 GB/s:
 # OCTO_PREFLIGHT='all_reduce_perf -b 4G -e 4G -g 8 | awk "/Avg bus bandwidth/ {b = \$NF} END {print b+0, \"GB/s\"; exit b < 300}"'
 # OCTO_REQUEUE=resubmit                      # where a job may not requeue itself, a new one goes on
+# OCTO_CPU_SBATCH=(--partition=cpu)          # for jobs that ask for no GPU: data, conversion, report

@@ -18,7 +18,7 @@ import pytest
 from megatron_octo import lineage, rundir
 from megatron_octo.config.base import to_dict
 from megatron_octo.config.rl import LongerResponses, RLConfig, RLWatchConfig, ValidationConfig, ValidationSet
-from megatron_octo.errors import BadInput, OctoError, SettingsError, VerificationError
+from megatron_octo.errors import BadInput, OctoError, SettingsError, StoppedByWatch, VerificationError
 from megatron_octo.lineage import Lineage
 from megatron_octo.rl import collect, preflight, run, saves
 from megatron_octo.rl.cluster import RunFailed, meaningful
@@ -341,7 +341,9 @@ def stale_at(bad: int, runs: int) -> Callable[[int, int], str]:
 def test_stale_weights_stop_a_run_and_its_saves_stay(replaced: Replaced, use: Use) -> None:
     config = replaced(num_steps=4)
     use(SavingEngine(stale_at(3, runs=1)))
-    with pytest.raises(OctoError, match=r"step 3: vllm_kl is -0.09.*old weights.*save from before step 3 is of step 2"):
+    with pytest.raises(
+        StoppedByWatch, match=r"step 3: vllm_kl is -0.09.*old weights.*save from before step 3 is of step 2"
+    ):
         run_all([config])
     assert not rundir.is_done(config.output) and not (config.output / "hf").exists()
     assert saves.checkpoints(config.output) == saves.copies(config.output) == [1, 2]

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.slurm.cluster import GPUS, Cluster, cluster, missing
+from tests.slurm.jobs import set_in_site
 
 NVIDIA_SMI = f"""#!/bin/bash
 # Stands for the driver's: one row a GPU; on a node with a file of its name here, the first one has errors.
@@ -65,3 +66,13 @@ def checkout(tmp_path: Path) -> Path:
         "export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1\n"
     )
     return folder
+
+
+@pytest.fixture
+def stubbed(checkout: Path) -> Path:
+    """The checkout with tasks that only say where they are."""
+    stub = checkout / "bin" / "stub"
+    stub.write_text(f'#!/bin/bash\nexec {sys.executable} -S {REPOSITORY}/tests/slurm/stub.py "$@"\n')
+    stub.chmod(0o755)
+    set_in_site(checkout, f"OCTO_PYTHON={stub}\nexport PYTHONPATH={REPOSITORY}")
+    return checkout

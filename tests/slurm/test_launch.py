@@ -26,13 +26,12 @@ from tests.conftest import REPOSITORY, snapshot
 from tests.prepared import stage, write_data
 from tests.slurm import login_node
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.test_scripts import forget_jobs, stubbed
+from tests.slurm.jobs import forget_jobs
 
 pytestmark = [
     pytest.mark.skipif(find_spec("nemo_run") is None, reason="nemo-run is not installed"),
     pytest.mark.timeout(900),
 ]
-__all__ = ["stubbed"]
 RECIPE = "recipes/llama32_3b.py:stable_200b"
 START_S = 300.0
 """A training here takes no longer to start, or to save and end."""

@@ -17,7 +17,7 @@ from megatron_octo.rl.run import has_gpu
 from tests.conftest import REPOSITORY
 from tests.cpu.test_pipeline_killed import NUM_STEPS, small_road
 from tests.slurm.cluster import Cluster
-from tests.slurm.test_scripts import output
+from tests.slurm.jobs import output
 
 RL_STEPS = 2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -98,6 +100,37 @@ def test_a_lock_refuses_another_process_and_names_the_owner(tmp_path):
     assert f"process {os.getpid()}" in other.stderr
     assert not rundir.in_use(tmp_path)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_file_system_without_locks_is_named_and_nothing_on_it_is_in_use(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    (tmp_path / rundir.LOCK).touch()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(BadInput, match=r"cannot be locked: .*Function not implemented\n  fix: .*OCTO_RUNS"),
+        rundir.lock(tmp_path),
+    ):
+        pass
+    assert not rundir.in_use(tmp_path)
+
+
+def test_a_folder_is_waited_for_until_its_owner_has_ended(tmp_path):
+    code = f"""if True:
+    import time
+    from megatron_octo import rundir
+    from pathlib import Path
+    with rundir.lock(Path({str(tmp_path)!r})):
+        print(flush=True)
+        time.sleep(1)
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as owner:
+        owner.stdout.readline()
+        with pytest.raises(BadInput, match="in use"):
+            rundir.wait_until_free(tmp_path, grace_s=0)
+        rundir.wait_until_free(tmp_path, grace_s=60)
+    assert not rundir.in_use(tmp_path)
 
 
 def test_differing_settings_are_named(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_octo import rundir
 from megatron_octo.cli import rl as rl_command
+from megatron_octo.cli import slurm as command
 from megatron_octo.cli.slurm import main
 from megatron_octo.config.load import load_recipe
 from megatron_octo.config.pipeline import PipelineConfig
@@ -311,3 +312,10 @@ def test_a_disk_and_a_command_of_the_site_are_checked(tmp_path: Path):
     command = preflight.faults(num_gpus=0, runs=tmp_path, command="echo broken fabric; exit 7")
     assert disk == [f"{tmp_path}/file/runs cannot be written: Not a directory"]
     assert command == ["'echo broken fabric; exit 7' ended with exit code 7 broken fabric"]
+
+
+def test_the_first_node_of_rl_is_met_where_others_reach_it(monkeypatch):
+    monkeypatch.setattr(command.socket, "gethostbyname", {"alone": "127.0.1.1", "far": "10.1.2.3"}.get)
+    assert command._address("far", ["127.0.0.1"]) == "10.1.2.3"
+    assert command._address("alone", []) == "127.0.1.1"
+    assert command._address("alone", ["127.0.0.1"]) == "127.0.0.1"
