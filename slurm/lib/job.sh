@@ -77,8 +77,12 @@ field() { # NAME [ASKS]: of this job, as Slurm has it; empty where it does not a
     sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" <<<"$shown"
 }
 
-is_bad_input() { # CODE: of a job that has run before it is more likely a disk's fault, or a node's
-    (($1 == BAD_INPUT && RESTART == 0)) && [[ ! ${OCTO_CHAIN-} ]]
+is_first_start() { # what is wrong in a later one is more likely a disk's fault, or a node's, and may pass
+    ((RESTART == 0)) && [[ ! ${OCTO_CHAIN-} ]]
+}
+
+is_bad_input() { # CODE
+    (($1 == BAD_INPUT)) && is_first_start
 }
 
 give_way() { # to a signal that came before the ranks had started
@@ -126,7 +130,7 @@ make_plan() { # NAME [ARGUMENTS]
 }
 
 check_nodes() {
-    local bad before said unreached
+    local bad before said unreached none
     before=$(date +%s)
     "${SRUN[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --time=20 \
         --output="$LOGS/preflight.txt" "${OCTO[@]}" slurm preflight --gpus "$GPUS" \
@@ -147,7 +151,9 @@ check_nodes() {
     [[ $bad ]] || return 0
     [[ $said ]] || go_on 1 "no node said how it is: $(reason "$LOGS/preflight_srun.txt")"
     if [[ $bad == "$(sort "$LOGS/hosts" | paste -sd,)" ]]; then
-        finish failed 1 "no node passed the preflight: $(grep -m1 ' bad: ' <<<"$said")"
+        none="no node passed the preflight: $(grep -m1 ' bad: ' <<<"$said")"
+        is_first_start || go_on 1 "$none"
+        finish failed 1 "$none"
     fi
     say "$(grep ' bad: ' <<<"$said")"
     requeue "without $bad, which failed the preflight" "$bad"
