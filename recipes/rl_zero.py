@@ -8,7 +8,8 @@ Where the numbers come from (arXiv 2506.20512 and its public code):
             "Assistant:", "Question:" or "Answer:"
   inferred  that MATH8K is SimpleRL's set of 8,523 problems; the complex template for long and hybrid, whose released
             scripts have it, and the simple one elsewhere
-  ours      the schedule and the length of 1B and 8B, for which no script was released; when to save; the layout
+  ours      the schedule and the length of 1B and 8B, for which no script was released; when to save; the layout; the
+            length of validation, that of the last stage throughout (the paper's is the stage's, and its scores jump)
 
 The released scripts, for the 3B's long and hybrid branches, disagree with the paper: 256 prompts and 16 updates. The
 recipes that end in `official_script` are theirs.
@@ -25,6 +26,15 @@ the base models in runs/hf/NAME, and the problems in runs/prompts/math8k, by
 190 of these problems share 13 words with one of MATH500, 217 if its solutions count (decontaminate_against, which reads
 all texts of a file, leaves them out; the paper does not).
 
+Without more, a run is not validated, and its best save is the one with the highest reward. The paper asks four sets of
+problems, every 4 rollout steps and greedily: name files that you have, and their columns where those are not `input`
+and `label`. They are not shipped; the columns are those of the data sets' own files, as public code reads them.
+
+    octo rl recipes/rl_zero.py:llama32_3b_long --validation.sets \\
+        AMC23=runs/prompts/amc23.jsonl:question:answer GSM8K=runs/prompts/gsm8k.jsonl:question:answer \\
+        MATH500=runs/prompts/math500.jsonl:problem:answer \\
+        OlympiadBench=runs/prompts/olympiadbench.jsonl:question:final_answer.0
+
 Hardware: one node of 8 GPUs of 80 GB holds every size: of the 8B, 16 bytes a parameter over 8 GPUs are 16 GB of
 training state a GPU, and vLLM's own copy is 16 GB of its 48 (60%). A second node (`--num-nodes 2`) is for time: it
 halves what each engine has to generate, of which the 8,192 tokens of the long branch have most. What is left then
@@ -33,7 +43,7 @@ depends on the fabric, over which ZeRO gathers weights. Time and scores: not yet
 
 from dataclasses import replace
 
-from megatron_octo.config.rl import LongerResponses, RLConfig
+from megatron_octo.config.rl import LongerResponses, RLConfig, ValidationConfig
 from megatron_octo.rundir import run_folder, step_folder
 
 NUM_STEPS = 200
@@ -118,6 +128,7 @@ def _branch(model: str, branch: str) -> RLConfig:
         template="simple" if branch == "short" else "complex",
         max_response_tokens=2048 if is_long else 4096,
         longer_responses=LONG_SCHEDULE if is_long else (),
+        validation=ValidationConfig(max_response_tokens=8192 if is_long else 4096),
     )
 
 

@@ -113,6 +113,7 @@ def write_rl(config: RLConfig, parent: Lineage, label: str, *, seed: int) -> Non
         rows.append(
             {
                 "step": step,
+                "rl/updates": step * config.updates_per_step,
                 "rl/reward_mean": 2 * share - 1,
                 "rl/accuracy": share,
                 "rl/response_length_mean": 30.0 + (25 - step / 2 if label == "long" else step / 8),
@@ -124,6 +125,7 @@ def write_rl(config: RLConfig, parent: Lineage, label: str, *, seed: int) -> Non
                 "rl/entropy": 0.2 + 0.3 * math.exp(-step / 12),
                 "rl/clip_share": 0.004 + 0.002 * math.sin(step / 2),
                 "rl/vllm_kl": 1e-4 * (1 + float(draw.random())) * (-1) ** step,
+                "rl/most_vllm_kl": 1e-3,
                 "optim/grad_norm": 0.3 + 0.1 * math.sin(step),
                 "time_s": 20.0 + 4 * step,
             }

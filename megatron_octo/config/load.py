@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_octo.config.base import Settings, read_settings
+from megatron_octo.config.rl import SET_AS_TEXT, ValidationSet
 from megatron_octo.config.train import Layout, MidTrainConfig
 from megatron_octo.errors import BadInput, OctoError, SettingsError
 from megatron_octo.rundir import read_json
@@ -69,12 +70,40 @@ def override[S: Settings](settings: S, overrides: Sequence[str], *, prog: str) -
     # The kind of a union field stays the recipe's; its fields are overridden like any others.
     try:
         return tyro.cli(
-            type(settings), default=settings, args=list(overrides), prog=prog, config=(tyro.conf.AvoidSubcommands,)
+            type(settings),
+            default=settings,
+            args=list(overrides),
+            prog=prog,
+            config=(tyro.conf.AvoidSubcommands,),
+            registry=_texts(),
         )
     except ValueError as error:  # a check across sections; tyro reports those inside one section itself
         if isinstance(error, SettingsError):
             raise
         raise BadInput(str(error), fix="correct the option") from error
+
+
+def _texts() -> Any:
+    """tyro's rule for what is a section of its own in a file and one text on the command line: tyro alone has no
+    option for a list of sections, and of those that a recipe names one for each field."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def validation_sets(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        # tyro writes the type of a default of two sets as tuple[ValidationSet, ValidationSet]
+        if info.type_origin is not tuple or ValidationSet not in typing.get_args(info.type):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=f"[{SET_AS_TEXT} ...]",
+            instance_from_str=lambda texts: tuple(map(ValidationSet.of, texts)),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda sets: list(map(str, sets)),
+        )
+
+    return registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -106,6 +106,9 @@ class RewardTerms(Settings):
             require(value >= 0, f"reward.{name} {value} is below 0", fix="give 0, which leaves the term out, or more")
 
 
+SET_AS_TEXT = "[NAME=]FILE[:QUESTION_COLUMN:ANSWER_COLUMN]"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationSet(Settings):
     """Problems that are never trained on."""
@@ -122,13 +125,36 @@ class ValidationSet(Settings):
     def __post_init__(self) -> None:
         require_name(self.name)
 
+    @classmethod
+    def of(cls, text: str) -> ValidationSet:
+        """The set that a command line writes as SET_AS_TEXT; the name is the file's, up to a dot, unless it is given.
+
+        Raises:
+            SettingsError: it is written otherwise.
+        """
+        name, equals, rest = text.partition("=")
+        if not equals or "/" in name:  # the path has it
+            name, rest = "", text
+        path, *columns = rest.split(":")
+        require(
+            bool(path) and len(columns) in (0, 2) and all(columns),
+            f"validation set {text!r} is not {SET_AS_TEXT}",
+            fix="write MATH500=runs/prompts/math500.jsonl:problem:answer, say",
+        )
+        named = dict(zip(("question_column", "answer_column"), columns, strict=False))
+        return cls(name=name or Path(path).name.partition(".")[0], prompts=Path(path), **named)
+
+    def __str__(self) -> str:
+        """As `of` reads it."""
+        return f"{self.name}={self.prompts}:{self.question_column}:{self.answer_column}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig(Settings):
     """What the policy is asked now and then while it trains. Defaults are the paper's; the length is ours."""
 
     sets: tuple[ValidationSet, ...] = ()
-    """Empty: no validation."""
+    """Empty: no validation. On the command line they replace the recipe's: MATH500=math500.jsonl:problem:answer."""
     every_steps: int = 4
     """Rollout steps between validations."""
     samples_per_prompt: int = 1

@@ -31,6 +31,7 @@ class Turn:
     """Where an RL run goes on otherwise than before."""
 
     after_step: int
+    """A rollout step."""
     roll_back: bool
     """It went back to this step; otherwise longer responses begin."""
     text: str
@@ -176,12 +177,14 @@ def _rl_run(config: RLConfig, label: str, notes: list[str]) -> Run:
 
 
 def _turns(run: Run) -> Iterator[Turn]:
+    updates = run.settings["updates_per_step"]
     for longer in run.settings["longer_responses"]:
         if run.rows and longer["after_step"] < run.rows[-1]["step"]:
             step, tokens = longer["after_step"], longer["max_response_tokens"]
-            yield Turn(after_step=step, roll_back=False, text=f"up to {tokens:,} tokens after step {step:,}")
+            text = f"up to {tokens:,} tokens after step {step:,} ({step * updates:,} updates)"
+            yield Turn(after_step=step, roll_back=False, text=text)
     for back in roll_backs(run.folder):
-        text = f"back from step {back['step']:,} to {back['to']:,}: {back['what']}"
+        text = f"back from step {back['step']:,} to {back['to']:,} ({back['to'] * updates:,} updates): {back['what']}"
         yield Turn(after_step=back["to"], roll_back=True, text=text)
 
 

@@ -189,8 +189,8 @@ def _rl(report: Report) -> str:
     runs = [(branch, branch.rl) for branch in report.branches if branch.rl and branch.rl.rows]
     if not runs:
         return _section("Reinforcement learning", _missing("RL has not run yet: run `octo rl`."))
-    large = [_plot(plots.over_rl_steps(report, panel), panel.title) for panel in plots.RL_AXES]
-    small = [_plot(plots.over_rl_steps(report, panel, small=True), panel.title) for panel in plots.rl_panels(report)]
+    large = [_plot(plots.over_updates(report, panel), panel.title) for panel in plots.RL_AXES]
+    small = [_plot(plots.over_updates(report, panel, small=True), panel.title) for panel in plots.rl_panels(report)]
     figures = _grid(*large) + _grid(*small, kind="multiples") + _turns([run for _, run in runs])
     rows = []
     for branch, run in runs:
@@ -206,10 +206,10 @@ def _rl(report: Report) -> str:
                 _time(row["seconds"]),
             ]
         )
-    columns = ("branch", "state", "steps", "mean reward", "mean tokens", "largest |vllm_kl|", "time")
+    columns = ("branch", "state", "rollout steps", "mean reward", "mean tokens", "largest |vllm_kl|", "time")
     caption = (
-        "First &rarr; last step. vllm_kl is how far the policy that samples is from the one that is trained; "
-        f"on a CPU, above {plots.KL_LIMIT:g} (the dotted line) the weights are not the same."
+        "First &rarr; last step. vllm_kl is how far the policy that samples is from the one that is trained: above "
+        "the dotted line, which is the run's own bound, its watch takes them for different weights."
     )
     return _section("Reinforcement learning", figures + _table(columns, rows, caption))
 

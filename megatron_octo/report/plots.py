@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_octo.report.load import Report, Run
-from megatron_octo.rl.watch import MOST_VLLM_KL_CPU
 from megatron_octo.stage_log import StageCost
 
 INK, GRID, STABLE = "#222222", "#e3e3e3", "#555555"
@@ -21,8 +20,8 @@ BEFORE, AFTER = "#B5C7D9", "#0072B2"
 MAX_POINTS = 600
 SMOOTHING_SHARE = 0.04
 RAW_OPACITY = 0.25
-KL_LIMIT = MOST_VLLM_KL_CPU
 MARKER_STEPS = 60
+UPDATES = "rl/updates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +31,8 @@ class Panel:
     metric: str
     title: str
     unit: str
-    limit: float | None = None
-    """Drawn as a line; the axis is then logarithmic and the sign left out."""
+    limit: str = ""
+    """The metric that bounds it, drawn as a line; the axis is then logarithmic and the sign left out."""
 
 
 RL_AXES = (
@@ -51,7 +50,7 @@ RL_PANELS = (
     Panel("rl/entropy", "Entropy", "nats a token"),
     Panel("rl/clip_share", "Clipped by PPO", "share of tokens"),
     Panel("optim/grad_norm", "Gradient norm", "norm"),
-    Panel("rl/vllm_kl", "Sampled against trained: |vllm_kl|", "nats a token", KL_LIMIT),
+    Panel("rl/vllm_kl", "Sampled against trained: |vllm_kl|", "nats a token", "rl/most_vllm_kl"),
 )
 
 
@@ -114,12 +113,12 @@ def rl_panels(report: Report) -> list[Panel]:
     return [*validation, *(panel for panel in RL_PANELS if panel.metric in logged)]
 
 
-def over_rl_steps(report: Report, panel: Panel, *, small: bool = False) -> Any:
-    """A metric of every branch's RL run over its rollout steps; a small one has no legend."""
+def over_updates(report: Report, panel: Panel, *, small: bool = False) -> Any:
+    """A metric of every branch's RL run over its optimizer updates, as in the paper; a small one has no legend."""
     figure = _figure(210 if small else 300)
     for index, run in _rl_runs(report):
-        x, y = run.curve(panel.metric, "step")
-        if panel.limit is not None:
+        x, y = run.curve(panel.metric, UPDATES)
+        if panel.limit:
             y = [abs(value) for value in y]
         colour, dash = BRANCH_COLOURS[index % len(BRANCH_COLOURS)], DASHES[index % len(DASHES)]
         if len(x) <= MARKER_STEPS:
@@ -127,11 +126,12 @@ def over_rl_steps(report: Report, panel: Panel, *, small: bool = False) -> Any:
         else:
             _line(figure, run.label, x, y, colour=colour, opacity=RAW_OPACITY, width=1, legend=False)
             _line(figure, run.label, x, smoothed(y), colour=colour, dash=dash)
-    end = 1 + max(run.rows[-1]["step"] for _, run in _rl_runs(report))
-    figure.update_xaxes(title="rollout step", range=[0, end])
+    end = 1 + max(run.rows[-1][UPDATES] for _, run in _rl_runs(report))
+    figure.update_xaxes(title="optimizer updates", range=[0, end])
     figure.update_yaxes(title=panel.unit, rangemode="tozero")
-    if panel.limit is not None:
-        _line(figure, "limit", [0, end], [panel.limit] * 2, colour=INK, dash="dot", width=1, legend=False)
+    if panel.limit:
+        for limit in sorted({value for _, run in _rl_runs(report) for value in run.curve(panel.limit, UPDATES)[1]}):
+            _line(figure, "limit", [0, end], [limit] * 2, colour=INK, dash="dot", width=1, legend=False)
         figure.update_yaxes(type="log", dtick=1, tickformat=".0e")
     _turns(figure, report)
     if small:
@@ -209,14 +209,15 @@ def _over_tokens(report: Report, metric: str, unit: str, *, smooth: bool) -> Any
 
 def _turns(figure: Any, report: Report) -> None:
     """A line where longer responses begin (dotted) or a run went back (dashed); grey where that is so of several."""
-    runs_at: dict[tuple[int, bool], list[int]] = {}
+    runs_at: dict[tuple[float, bool], list[int]] = {}
     for index, run in _rl_runs(report):
         for turn in run.turns:
-            runs_at.setdefault((turn.after_step, turn.roll_back), []).append(index)
-    for (after_step, roll_back), indices in runs_at.items():
+            between = (turn.after_step + 0.5) * run.settings["updates_per_step"]
+            runs_at.setdefault((between, turn.roll_back), []).append(index)
+    for (between, roll_back), indices in runs_at.items():
         colour = BRANCH_COLOURS[indices[0] % len(BRANCH_COLOURS)] if len(indices) == 1 else STABLE
         line = {"color": colour, "width": 1, "dash": "dash" if roll_back else "dot"}
-        figure.add_vline(x=after_step + 0.5, line=line)
+        figure.add_vline(x=between, line=line)
 
 
 def _rl_runs(report: Report) -> list[tuple[int, Run]]:

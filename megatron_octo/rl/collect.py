@@ -101,7 +101,10 @@ def _with_lengths(row: Row) -> Row:
 
 
 def read_events(folder: Path) -> dict[int, Row]:
-    """The metrics of each step in the TensorBoard files below `folder`; of a step done twice, the later."""
+    """The metrics of each rollout step in OpenRLHF's TensorBoard files below `folder`; of one done twice, the later.
+
+    Ours (`rl/board.py`), which are over updates, have none of its names.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     latest: dict[int, dict[str, tuple[float, float]]] = {}
@@ -114,8 +117,9 @@ def read_events(folder: Path) -> dict[int, Row]:
                 name = tag.removeprefix("train/").removeprefix("eval/")
                 values[name] = max(values.get(name, (-math.inf, 0.0)), (event.wall_time, event.value))
     return {
-        step: {"step": step, **rename({name: value for name, (_, value) in values.items()})}
+        step: {"step": step, **row}
         for step, values in sorted(latest.items())
+        if (row := rename({name: value for name, (_, value) in values.items()}))
     }
 
 

@@ -58,6 +58,7 @@ class Follower:
         if row is not None:
             self.recent.clear()
             row["rl/updates"] = row["step"] * self._config.updates_per_step
+            row["rl/most_vllm_kl"] = watch.largest_vllm_kl(self._config.watch, cuda=self._cuda)
             row["time_s"] = round(self._time_before_s + time.monotonic() - self._began, 3)
             self.rows.append(row)
             collect.append_metrics(self._config.output / collect.METRICS, row)
@@ -66,6 +67,7 @@ class Follower:
             self._judge(row)
         scores = collect.parse_validation(text)
         if scores is not None:
+            scores["rl/updates"] = scores["step"] * self._config.updates_per_step
             self.rows = collect.joined(self.rows, scores)
             collect.write_metrics(self._config.output / collect.METRICS, self.rows)
             self._board.add(scores)
@@ -103,7 +105,7 @@ def following(config: RLConfig, done: int, *, cuda: bool) -> Iterator[Follower]:
     collect.write_metrics(path, rows)
     time_before_s = max((row["time_s"] for row in before), default=0.0)
     (output / LOG).parent.mkdir(exist_ok=True)
-    board = Board(output / TENSORBOARD, done=done)
+    board = Board(output / TENSORBOARD, updates_done=done * config.updates_per_step)
     try:
         with (output / LOG).open("a") as file:
             yield Follower(config, rows, file, board, done=done, time_before_s=time_before_s, cuda=cuda)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_octo import rundir
-from megatron_octo.config.rl import RLConfig, ValidationSet
+from megatron_octo.config.rl import SET_AS_TEXT, RLConfig, ValidationSet
 from megatron_octo.data.read import input_files, pieces, record_name, records
 from megatron_octo.data.templates import BadRecord, look_up
 from megatron_octo.errors import BadInput
@@ -184,18 +184,18 @@ def _prompts(source: RLConfig | ValidationSet, template: str) -> Iterator[tuple[
 
 
 def _question(record: object, source: RLConfig | ValidationSet, where: str) -> str:
-    question = _field(record, source.question_column, where)
+    question = _field(record, source.question_column, source, where)
     if not isinstance(question, str) or not question.strip():
         raise BadInput(
             f"{where}: {source.question_column} is {question!r}, not a text",
-            fix="correct the record, or name another column (--question-column)",
+            fix=f"correct the record, or name another column ({_naming(source)})",
         )
     return question
 
 
 def _label(record: object, source: RLConfig | ValidationSet, where: str) -> str:
     """The right answer; empty where the record leaves it blank, as two of MATH8K do."""
-    answer = _field(record, source.answer_column, where)
+    answer = _field(record, source.answer_column, source, where)
     if isinstance(answer, str) and not answer.strip():
         return ""
     text = str(answer) if isinstance(answer, int | float | str) and not isinstance(answer, bool) else ""
@@ -203,19 +203,26 @@ def _label(record: object, source: RLConfig | ValidationSet, where: str) -> str:
     if not label.strip():
         raise BadInput(
             f"{where}: {source.answer_column} is {answer!r}, not an answer",
-            fix="correct the record, or name another column (--answer-column)",
+            fix=f"correct the record, or name another column ({_naming(source)})",
         )
     return label.strip()
 
 
-def _field(record: object, column: str, where: str) -> object:
-    fix = "each record has a problem and an answer: --question-column and --answer-column name their columns"
+def _field(record: object, column: str, source: RLConfig | ValidationSet, where: str) -> object:
+    fix = f"each record has a problem and an answer, whose columns are to be named: {_naming(source)}"
     if isinstance(record, BadRecord):
         raise BadInput(f"{where}: {record}", fix=fix)
     try:
         return look_up(record, column)
     except BadRecord as error:
         raise BadInput(f"{where}: {error}", fix=fix) from None
+
+
+def _naming(source: RLConfig | ValidationSet) -> str:
+    """How a command line names the columns."""
+    if isinstance(source, ValidationSet):
+        return f"--validation.sets {SET_AS_TEXT}"
+    return "--question-column and --answer-column"
 
 
 def _problem(prompt: Prompt, template: str) -> str:

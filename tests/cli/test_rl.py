@@ -26,10 +26,22 @@ def test_a_dry_run_prints_openrlhf_s_command_and_touches_nothing(octo: Octo, tmp
     assert snapshot(tmp_path) == before
 
 
+def test_a_dry_run_validates_on_the_sets_that_its_command_line_names(octo: Octo, tmp_path: Path) -> None:
+    sets = ("gsm8k.jsonl", f"MATH500={tmp_path}/math.jsonl:problem:answer")
+    done = octo("rl", "recipes/rl_zero.py:llama32_3b_short", "--validation.sets", *sets, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(done.stdout)
+    words = run["arguments"]
+    assert words[words.index("--eval.dataset") + 1] == f"{Path(run['output']).resolve()}/validation.jsonl"
+    assert (words[words.index("--eval.steps") + 1], words[words.index("--eval.temperature") + 1]) == ("4", "0.0")
+    assert words[words.index("--data.max_len") + 1] == str(1024 + 4096)
+    assert f"gsm8k.jsonl, {tmp_path}/math.jsonl" in done.stderr, "both are not there yet"
+
+
 def test_help_of_a_recipe_lists_its_settings(octo: Octo) -> None:
     done = octo("rl", f"{MINIATURE}:rl_long", "--help")
     assert done.returncode == 0, done.stderr
-    assert "--watch.window-steps" in done.stdout
+    assert "--watch.window-steps" in done.stdout and "--validation.sets" in done.stdout
 
 
 @pytest.mark.parametrize("prompts", ["prompts.jsonl", "prom*.jsonl"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_octo.rl.board import Board
 from megatron_octo.rl.collect import (
     append_metrics,
     fill_gaps,
@@ -116,6 +117,14 @@ def test_event_files_give_the_same_names_and_the_later_of_two_attempts(tmp_path:
     assert list(events) == [1, 2, 3]
     assert events[2]["rl/accuracy"] == pytest.approx(0.5)
     assert events[3] == {"step": 3, "rl/reward_mean": 1.0}
+
+
+def test_our_own_event_files_which_are_over_updates_stand_for_no_rollout_step(tmp_path: Path) -> None:
+    write_events(tmp_path / "run", [(1, 10.0, {"acc": 0.1})])
+    board = Board(tmp_path, updates_done=0)
+    board.add({"step": 1, "rl/updates": 2, "rl/accuracy": 0.1, **SCORES})
+    board.close()
+    assert read_events(tmp_path) == {1: {"step": 1, "rl/accuracy": pytest.approx(0.1)}}
 
 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:

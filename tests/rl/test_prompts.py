@@ -210,6 +210,15 @@ def test_validation_problems_are_marked_and_long_ones_counted(config: RLConfig, 
         choose_prompts(replace(asked, validation=replace(asked.validation, max_prompt_tokens=9)))
 
 
+def test_a_validation_set_without_its_columns_is_refused_by_how_they_are_named(
+    config: RLConfig, replaced: Replaced
+) -> None:
+    each = ValidationSet(name="AMC", prompts=config.prompts, question_column="problem")
+    with pytest.raises(BadInput, match="problem") as refused:
+        choose_prompts(replaced(validation=ValidationConfig(sets=(each,), every_steps=1)))
+    assert "--validation.sets" in refused.value.fix and "--question-column" not in refused.value.fix
+
+
 def test_a_problem_in_two_validation_sets_is_refused(config: RLConfig, replaced: Replaced) -> None:
     sets = tuple(ValidationSet(name=name, prompts=config.prompts) for name in ("a", "b"))
     with pytest.raises(BadInput, match="validation sets a and b share the prompt"):

@@ -456,7 +456,9 @@ def test_our_numbers_are_in_tensorboard_and_a_roll_back_purges_them(replaced: Re
     run_all([config])
     events = EventAccumulator(str(config.output / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("rl/vllm_kl")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("rl/vllm_kl")] == [2, 4, 6], "updates, as in the paper's figures"
+    assert [event.value for event in events.Scalars("rl/step")] == [1, 2, 3]
+    assert "rl/updates" not in events.Tags()["scalars"]
     assert [event.value for event in events.Scalars("rl/vllm_kl")] == pytest.approx([1e-4] * 3)
 
 
@@ -512,6 +514,16 @@ def test_a_step_whose_line_was_lost_has_its_updates_too(
     run_all([config])
     rows = collect.read_metrics(config.output / "metrics.jsonl")
     assert [(row["step"], row["rl/updates"]) for row in rows] == [(1, 2), (2, 4)]
+
+
+def test_a_step_has_the_bound_that_the_watch_held_it_to(replaced: Replaced, use: Use) -> None:
+    config = replaced(num_steps=2)
+    use(SavingEngine(lambda number, run: step(number)))
+    run_all([config])
+    assert {row["rl/most_vllm_kl"] for row in collect.read_metrics(config.output / "metrics.jsonl")} == {1e-3}
+    other = replaced(num_steps=2, output=config.output.with_name("other"), watch=RLWatchConfig(most_vllm_kl=0.5))
+    run_all([other])
+    assert {row["rl/most_vllm_kl"] for row in collect.read_metrics(other.output / "metrics.jsonl")} == {0.5}
 
 
 def test_a_run_killed_in_its_first_save_starts_over(config: RLConfig, use: Use) -> None:

@@ -171,7 +171,7 @@ def test_bars_show_each_interval(report: Report) -> None:
 
 
 def test_every_axis_of_every_figure_says_what_it_shows(report: Report) -> None:
-    rl = [plots.over_rl_steps(report, panel) for panel in (*plots.RL_AXES, *plots.rl_panels(report))]
+    rl = [plots.over_updates(report, panel) for panel in (*plots.RL_AXES, *plots.rl_panels(report))]
     for figure in (plots.loss(report), plots.rate(report), *rl):
         assert figure.layout.xaxis.title.text
         assert figure.layout.yaxis.title.text
@@ -183,11 +183,12 @@ def test_every_curve_of_rl_has_a_figure_with_a_line_a_branch(report: Report) -> 
     small = plots.rl_panels(report)
     assert [*small] == [*plots.RL_PANELS], "the runs have no validation, and all else"
     for panel in (*plots.RL_AXES, *small):
-        figure = plots.over_rl_steps(report, panel, small=panel in small)
+        figure = plots.over_updates(report, panel, small=panel in small)
         lines = figure.data[:3]
         assert [line.name for line in lines] == ["short", "long", "hybrid"]
         assert len({(line.line.color, line.line.dash) for line in lines}) == 3
-        assert lines[1].x == tuple(range(1, 31))
+        assert lines[1].x == tuple(range(2, 61, 2)), "two updates a rollout step"
+        assert figure.layout.xaxis.title.text == "optimizer updates" and figure.layout.xaxis.range == (0, 61)
         assert figure.layout.showlegend is (panel in plots.RL_AXES)
         assert not figure.layout.shapes
         run = report.branches[1].rl
@@ -208,8 +209,23 @@ def test_each_validation_set_has_its_own_figure(pipeline: PipelineConfig) -> Non
     report = load(of_pipeline(pipeline))
     panel = plots.rl_panels(report)[0]
     assert (panel.metric, panel.title) == ("valid/MATH500/accuracy", "Right answers: MATH500")
-    (line,) = plots.over_rl_steps(report, panel).data
-    assert (line.name, line.x) == ("long", (4, 8, 12, 16, 20, 24, 28))
+    (line,) = plots.over_updates(report, panel).data
+    assert (line.name, line.x) == ("long", (8, 16, 24, 32, 40, 48, 56))
+
+
+def test_the_bound_on_vllm_kl_is_the_one_that_the_watch_used(pipeline: PipelineConfig) -> None:
+    panel = next(each for each in plots.RL_PANELS if each.limit)
+
+    def bounds() -> list[tuple[float, ...]]:
+        return [line.y for line in plots.over_updates(load(of_pipeline(pipeline)), panel).data if line.name == "limit"]
+
+    assert bounds() == [(1e-3, 1e-3)]
+    for rl, bound in zip(pipeline.rl, ({"rl/most_vllm_kl": 0.02}, {"rl/most_vllm_kl": 0.02}, {}), strict=True):
+        path = rl.output / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        without = [{name: value for name, value in row.items() if name != panel.limit} for row in rows]
+        finished_runs.write_lines(path, [{**row, **bound} for row in without])
+    assert bounds() == [(0.02, 0.02)], "a GPU's; a run that has none draws none"
 
 
 def test_longer_responses_and_roll_backs_are_marked(pipeline: PipelineConfig) -> None:
@@ -224,14 +240,14 @@ def test_longer_responses_and_roll_backs_are_marked(pipeline: PipelineConfig) ->
     report = load(of_pipeline(pipeline))
 
     for panel in (*plots.RL_AXES, *plots.rl_panels(report)):
-        lines = plots.over_rl_steps(report, panel).layout.shapes
+        lines = plots.over_updates(report, panel).layout.shapes
         assert [(each.x0, each.line.dash, each.line.color) for each in lines] == [
-            (5.5, "dash", plots.BRANCH_COLOURS[0]),
-            (10.5, "dot", plots.STABLE),  # of two runs
+            (11, "dash", plots.BRANCH_COLOURS[0]),
+            (21, "dot", plots.STABLE),  # of two runs
         ]
     shown = Page(page(report)).text
-    assert "short: back from step 9 to 5: vllm_kl is 0.5 & not within 0.001" in shown
-    assert "long: up to 1,010 tokens after step 10" in shown and "hybrid: up to 1,010 tokens after step 10" in shown
+    assert "short: back from step 9 to 5 (10 updates): vllm_kl is 0.5 & not within 0.001" in shown
+    assert all(f"{each}: up to 1,010 tokens after step 10 (20 updates)" in shown for each in ("long", "hybrid"))
     assert "1,020" not in shown
     assert numbers(report)["branches"][0]["rl"]["turns"][0]["after_step"] == 5
 
@@ -239,8 +255,9 @@ def test_longer_responses_and_roll_backs_are_marked(pipeline: PipelineConfig) ->
 def test_a_long_run_of_rl_is_smoothed_over_its_faint_steps(pipeline: PipelineConfig) -> None:
     path = pipeline.rl[0].output / "metrics.jsonl"
     row = json.loads(path.read_text().splitlines()[0])
-    finished_runs.write_lines(path, [{**row, "step": step, "rl/accuracy": step % 2} for step in range(1, 201)])
-    faint, smooth = plots.over_rl_steps(load(of_pipeline(pipeline)), plots.RL_AXES[0]).data[:2]
+    steps = [{"step": step, "rl/updates": 2 * step, "rl/accuracy": step % 2} for step in range(1, 201)]
+    finished_runs.write_lines(path, [{**row, **each} for each in steps])
+    faint, smooth = plots.over_updates(load(of_pipeline(pipeline)), plots.RL_AXES[0]).data[:2]
     assert (faint.opacity, smooth.opacity, faint.showlegend) == (plots.RAW_OPACITY, 1, False)
     assert max(faint.y) - min(faint.y) == 1 and max(smooth.y) - min(smooth.y) < 0.2
 

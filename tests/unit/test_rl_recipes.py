@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from megatron_octo.config.base import to_dict
 from megatron_octo.config.load import load_recipe, read_recipes
-from megatron_octo.config.rl import RLConfig
+from megatron_octo.config.rl import RLConfig, ValidationSet
 from megatron_octo.rl.command import command
 from megatron_octo.rl.prompts import Prompt, plan_prompts
 from tests.conftest import REPOSITORY
@@ -14,8 +18,8 @@ FILE = REPOSITORY / "recipes" / "rl_zero.py"
 NAMES = sorted(read_recipes(FILE).functions)
 
 
-def recipe(name: str) -> RLConfig:
-    loaded = load_recipe(f"{FILE}:{name}", (RLConfig,), [], command="octo rl")
+def recipe(name: str, *overrides: str) -> RLConfig:
+    loaded = load_recipe(f"{FILE}:{name}", (RLConfig,), overrides, command="octo rl")
     assert isinstance(loaded, RLConfig)
     return loaded
 
@@ -58,6 +62,9 @@ def test_the_papers_numbers(name: str) -> None:
         .replace("_", "-")
         .replace(*next(((f"-{each}", f"-rl-{each}") for each in BRANCHES if f"_{each}" in name), ("", "")))
     )
+    asked = config.validation
+    assert (asked.sets, asked.every_steps, asked.temperature, asked.max_prompt_tokens) == ((), 4, 0.0, 1024)
+    assert asked.max_response_tokens == config.stages[-1].max_response_tokens
     flags = command(config, stage=config.stages[0], num_episodes=1, cuda=True)
     assert flags[flags.index("--rollout.max_new_tokens") + 1] == str(config.max_response_tokens)
     assert flags[flags.index("--train.batch_size") + 1] == str(128 * 16 // 2 if updates[1] == 2 else 256)
@@ -74,3 +81,57 @@ def test_the_papers_problems_do_for_all_steps(name: str, usable: int) -> None:
 
 def test_names_and_folders_are_distinct() -> None:
     assert len({recipe(name).output for name in NAMES}) == len(NAMES)
+
+
+MATH500 = ValidationSet(
+    name="MATH500", prompts=Path("p/math.jsonl"), question_column="problem", answer_column="extra.answer"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MATH500=p/math.jsonl:problem:extra.answer", MATH500),
+        ("p/gsm8k.jsonl.zst", ValidationSet(name="gsm8k", prompts=Path("p/gsm8k.jsonl.zst"))),
+        ("p/split=test/amc.parquet", ValidationSet(name="amc", prompts=Path("p/split=test/amc.parquet"))),
+        (str(MATH500), MATH500),
+    ],
+)
+def test_a_command_line_names_a_validation_set(text: str, expected: ValidationSet) -> None:
+    assert ValidationSet.of(text) == expected
+    assert recipe("llama32_3b_long", "--validation.sets", text).validation.sets == (expected,)
+
+
+def test_validation_sets_of_a_command_line_replace_those_of_the_recipe(tmp_path: Path) -> None:
+    named = recipe("llama32_3b_long", "--validation.sets", "a.jsonl", "b.jsonl", "--validation.every-steps", "2")
+    assert [each.name for each in named.validation.sets] == ["a", "b"]
+    assert (named.validation.every_steps, named.validation.max_response_tokens) == (2, 8192)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(named)))
+
+    def again(*overrides: str) -> RLConfig:
+        return load_recipe(str(path), RLConfig, overrides)
+
+    assert again() == named
+    assert again("--validation.every-steps", "4").validation.sets == named.validation.sets
+    assert again("--validation.sets", "c.jsonl").validation.sets == (ValidationSet.of("c.jsonl"),)
+    assert again("--validation.sets").validation.sets == ()
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["a.jsonl:problem"], "'a.jsonl:problem' is not [NAME=]FILE"),
+        (["a=:q:l"], "'a=:q:l' is not"),
+        (["a.jsonl::label"], "is not"),
+        (["a.jsonl", "b/a.jsonl"], "validation.sets are called a, a"),
+    ],
+)
+def test_a_validation_set_that_is_written_otherwise_is_refused(
+    texts: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        recipe("llama32_3b_long", "--validation.sets", *texts)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
