@@ -172,7 +172,7 @@ judge_clocks() { # BEFORE AFTER: each node said its time, which is between this 
                 if (2 * bad <= good && n in wrong) # else it is the first one that is off
                     print node[n] " bad: its clock is " wrong[n] " s off that of the first node"
                 else if (2 * bad > good && node[n] == first)
-                    print first " bad: its clock is " -last " s off that of most others"
+                    print first " bad: its clock is " (0 - last) " s off that of most others"
                 else print line[n]
         }'
 }

@@ -27,8 +27,8 @@ if argv[0] == "slurm":
     node, clock = os.environ.get("SLURMD_NODENAME"), time.time
     if argv[1] == "preflight" and node == os.environ.get("STUB_SLOW"):
         time.sleep(3)
-    late = node if "SLURM_RESTART_COUNT" in os.environ or os.environ["SLURM_PROCID"] != "0" else "first"
-    if argv[1] == "preflight" and os.environ.get("STUB_LATE") in (node, late):
+    is_first = os.environ.get("SLURM_PROCID") == "0" and "SLURM_RESTART_COUNT" not in os.environ
+    if argv[1] == "preflight" and os.environ.get("STUB_LATE") in (node, "first" if is_first else ""):
         time.time = lambda: clock() - 3600
     sys.exit(app.main(argv))
 
