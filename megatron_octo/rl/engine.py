@@ -1,7 +1,7 @@
 """`python -m megatron_octo.rl.engine`: holds or joins a Ray cluster, runs OpenRLHF's entry point once a line of input.
 
 Started by `rl/cluster.py` alone. Says that Ray runs, then reads lists of arguments as JSON lines; answers "finished",
-or what failed, on a pipe of its own. Ends when its input does, and dies with its parent.
+or what failed, on a pipe of its own. Ends when its input does, or at SIGTERM, and dies with its parent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_octo.errors import OctoError
 from megatron_octo.platform.deepspeed_kernels import compile_cpu_kernels
@@ -41,15 +41,19 @@ def main(
             join_ray(address, num_nodes=num_nodes, num_gpus=num_gpus, cuda=cuda)
         else:
             start_ray(Path(folder), num_gpus=num_gpus, cuda=cuda)
+        signal.signal(signal.SIGTERM, _end)  # Ray has put a handler of its own in its place
 
     def say(message: str) -> None:
         os.write(status, json.dumps(message).encode() + b"\n")
 
     die_with(parent, signal.SIGKILL)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray's own ending runs at exit
+    signal.signal(signal.SIGTERM, _end)
     preload = threading.Thread(target=_preload, args=(cuda,), daemon=True)  # meanwhile Ray's processes start
     preload.start()
-    say(_outcome(begin, READY))
+    began = _outcome(begin, READY)
+    say(began)
+    if began != READY:
+        _end(signal.SIGTERM, None)  # which is on its way, if it is not what broke this off
     preload.join()
     for line in sys.stdin:
         sys.argv = [ENTRY, *json.loads(line)]
@@ -63,13 +67,21 @@ def main(
 
 
 def _outcome(act: Callable[[], object], done: str) -> str:
-    """`done`, or how `act` failed."""
+    """`done`, or how `act` failed. Where SIGTERM broke it off, nobody waits for an answer: this process ends."""
     try:
         act()
     except (Exception, SystemExit) as error:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # Ray makes another SystemExit of the one in `_end`
+            sys.exit(0)
         traceback.print_exc()
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return done
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """End by Ray's own ending, which runs at exit. A second signal is not to break that off, and finds no handler."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def start_ray(folder: Path, *, num_gpus: int, cuda: bool, host: str = "127.0.0.1") -> None:
