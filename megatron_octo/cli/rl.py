@@ -82,6 +82,11 @@ def _dry_run(configs: Sequence[RLConfig], *, as_json: bool) -> None:
 
     shown: list[dict[str, Any]] = []
     cuda = has_gpu()
+    if not cuda:
+        log.warning(
+            "no GPU here: this is the command for a CPU; on a GPU OpenRLHF also gets NCCL in place of gloo, sleeping "
+            "engines, flash attention and gradient checkpointing"
+        )
     for config in configs:
         check_settings(config)
         check_cluster(config)

@@ -246,7 +246,7 @@ class RLConfig(Settings):
     """Tokens in one packed training pass of a rank, the longest sample at least; attention over a pack costs its square
     on a CPU."""
     zero_stage: int = 3
-    """DeepSpeed ZeRO stage, 0 to 3: 2 shares optimizer and gradients, 3 the weights too."""
+    """DeepSpeed ZeRO stage, 1 to 3: 1 shares the optimizer, 2 the gradients too, 3 the weights too."""
     num_nodes: int = 1
     """Nodes that share rollouts and training; above 1 they are a Slurm job's, or a Ray cluster's that is there."""
     num_gpus: int = 8
@@ -297,8 +297,9 @@ class RLConfig(Settings):
             fix="choose other numbers of nodes, devices or updates_per_step",
         )
         require(
-            self.zero_stage in range(4),
-            f"zero_stage {self.zero_stage} is none of DeepSpeed's, 0 to 3",
+            self.zero_stage in (1, 2, 3),
+            f"zero_stage {self.zero_stage} is none of 1, 2 and 3: at 0 DeepSpeed has no optimizer whose state "
+            "leaves the GPU while vLLM generates",
             fix="give 3, or 2 where the weights fit each GPU",
         )
         require(all(self.stop), f"stop {self.stop} has an empty text", fix="leave it out: every response has it")

@@ -26,13 +26,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_octo import console
-from megatron_octo.errors import OctoError
+from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.rl.command import environment
 
 MARKER = "OCTO_RL_CLUSTER"  # names the cluster in the environment of each of its processes
 ADDRESS = "RAY_ADDRESS"  # of the cluster to join
 FOLDER, TOKEN = "octo-ray-", "ray_token"
 READY = "ready"  # what an engine says first
+type Message = str | dict[str, str]
+"""What an engine says. A dictionary: `what` and `fix` of bad input."""
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray takes 127.0.0.1 for the machine's other address
 START_TRIES = 3
 STOP_TIMEOUT_S = 20
@@ -66,9 +68,12 @@ class Cluster:
 
         Raises:
             NotStarted: it does not; the message has the end of what it said.
+            BadInput: it does, and is not one for this run.
         """
         lines = deque[str](maxlen=200)
         message = self._follow(lines.append, lambda: False)
+        if isinstance(message, dict):
+            raise BadInput(**message)
         if message != READY:
             raise NotStarted("\n".join([str(message), *(f"    {line}" for line in meaningful(lines))]))
 
@@ -91,9 +96,10 @@ class Cluster:
             raise RunFailed(message)
         return message is not None
 
-    def _follow(self, on_line: Callable[[str], None], until: Callable[[], bool]) -> str | None:
+    def _follow(self, on_line: Callable[[str], None], until: Callable[[], bool]) -> Message | None:
         """Hand out lines until the engine says how the run ended, or dies; returns what it said, None for `until`."""
-        message, deadline = "", float("inf")
+        message: Message = ""
+        deadline = float("inf")
         while time.monotonic() < deadline:
             if not message and until():
                 return None
@@ -133,6 +139,7 @@ def cluster(*, num_nodes: int, num_gpus: int, cuda: bool) -> contextlib.Abstract
 
     Raises:
         OctoError: Ray does not start, or cannot be joined.
+        BadInput: the cluster has GPUs, and `cuda` is False.
     """
     address = os.environ.get(ADDRESS)
     return started(

@@ -7,6 +7,8 @@ import ctypes
 import math
 import os
 import socket
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -16,11 +18,12 @@ from megatron_octo.data.tokenizer import check_vocabulary
 from megatron_octo.errors import BadInput
 from megatron_octo.rl import prompts
 from megatron_octo.rl.cluster import ADDRESS
-from megatron_octo.rl.command import CHECKPOINTS, check_command, command
+from megatron_octo.rl.command import CHECK_TIMEOUT_S, CHECKPOINTS, check_command, command, environment
 from megatron_octo.rl.reward import reward
 
 VERSIONS = {"openrlhf": "0.11.2", "ray": "2.55", "deepspeed": "0.19", "vllm": "0.29"}
 """What a version must begin with: OpenRLHF's flags change with each release, and its parts are called from inside."""
+FLASH_ATTENTION = "import flash_attn.bert_padding, flash_attn.utils.distributed"  # as OpenRLHF does
 NUM_PORTS = 32  # that Ray, DeepSpeed and vLLM open a device; they take what is free
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 SIZES = ("hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")  # in config.json
@@ -87,9 +90,11 @@ def check_machine(config: RLConfig, *, cuda: bool) -> None:
     """What needs none of the run's files.
 
     Raises:
-        BadInput: packages of other versions, too few devices or ports, or a reward that fails.
+        BadInput: packages of other versions, no flash-attn for a GPU, too few devices or ports, or a reward that fails.
     """
     check_versions()
+    if cuda:
+        check_flash_attention()
     check_devices(config, cuda=cuda)
     check_ports(config.num_gpus)
     check_reward(config)
@@ -127,6 +132,29 @@ def check_versions() -> None:
                 f"{name} {found or 'is not installed'}: `octo rl` works with {wanted}",
                 fix="install the locked set: `make clean setup`, or requirements/gpu.txt on a machine with GPUs",
             )
+
+
+def check_flash_attention() -> None:
+    """Refuse a flash-attn that OpenRLHF cannot import. In a process of its own: it loads torch and CUDA.
+
+    Raises:
+        BadInput: it is missing, or was built against another torch.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", FLASH_ATTENTION],
+        env=environment(os.environ, cuda=True),
+        capture_output=True,
+        text=True,
+        timeout=CHECK_TIMEOUT_S,
+        check=False,
+    )
+    if run.returncode != 0:
+        said = run.stderr.strip().splitlines() or [f"code {run.returncode}"]
+        raise BadInput(
+            f"flash-attn cannot be imported, and OpenRLHF packs samples with it on a GPU: {said[-1]}",
+            fix="build it against the installed torch: `pip install --no-build-isolation flash-attn==VERSION`, that of "
+            "requirements/gpu.txt",
+        )
 
 
 def _version(package: str) -> str | None:

@@ -24,7 +24,7 @@ from megatron_octo.rl.command import CHECKPOINTS
 
 COPIES, BEST = "saves", "best.json"
 COPIED_FILES = ("generation_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja")
-_TAG, _COPY, _TRASH = "global_step", "_hf", ".trash"
+_ACTOR, _TAG, _COPY, _TRASH = "_actor", "global_step", "_hf", ".trash"
 
 
 def last(output: Path) -> int:
@@ -62,7 +62,7 @@ def resume(output: Path) -> int:
 def go_back(output: Path, step: int) -> None:
     """Have the run go on after the checkpoint of `step`, as if later saves had never been. OpenRLHF must not run."""
     actor = _actor(output)
-    for folder in (actor, actor.parent, output / COPIES):
+    for folder in (actor.parent, output / COPIES):
         for trash in folder.glob(f".*{_TRASH}"):
             shutil.rmtree(trash)
     if not step:
@@ -155,8 +155,13 @@ def _is_whole(copy: Path) -> bool:
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder so that a kill leaves no part of it under its name."""
-    trash = path.with_name(f".{path.name}{_TRASH}")
+    """Delete a folder so that a kill leaves no part of it under its name.
+
+    A checkpoint leaves `_actor` at once: OpenRLHF looks at each file in there when it saves, and one that vanishes
+    meanwhile is an error.
+    """
+    folder = path.parent.parent if path.parent.name == _ACTOR else path.parent
+    trash = folder / f".{path.name}{_TRASH}"
     path.replace(trash)
     shutil.rmtree(trash)
 
@@ -166,4 +171,4 @@ def _step(path: Path) -> int:
 
 
 def _actor(output: Path) -> Path:
-    return output / CHECKPOINTS / "_actor"
+    return output / CHECKPOINTS / _ACTOR

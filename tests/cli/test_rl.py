@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_octo.rl.preflight import has_gpu
 from tests.conftest import Octo, snapshot
 
 pytest.importorskip("openrlhf", reason="openrlhf is not installed")
@@ -22,6 +23,8 @@ def test_a_dry_run_prints_openrlhf_s_command_and_touches_nothing(octo: Octo, tmp
     assert words[:3] == ["python", "-m", "openrlhf.cli.train_ppo_ray"]
     assert words[words.index("--actor.adam.lr") + 1] == "0.0003"
     assert words[words.index("--rollout.max_new_tokens") + 1] == "112"
+    assert ("no GPU here: this is the command for a CPU" in done.stderr) is not has_gpu()
+    assert "no GPU here" not in done.stdout
     assert "not there yet, so model and prompts are not checked" in done.stderr
     assert snapshot(tmp_path) == before
 
@@ -98,7 +101,7 @@ def test_several_recipes_are_several_runs(octo: Octo) -> None:
         ((f"{MINIATURE}:rl_lung",), "did you mean 'rl_long'?"),
         ((f"{MINIATURE}:stable",), "is a MidTrainConfig; this command needs a RLConfig or PipelineConfig"),
         ((f"{MINIATURE}:rl_long", f"{MINIATURE}:rl_long"), "two runs would write to"),
-        ((f"{MINIATURE}:rl_long", "--zero-stage", "7"), "zero_stage 7 is none of DeepSpeed's"),
+        ((f"{MINIATURE}:rl_long", "--zero-stage", "7"), "zero_stage 7 is none of 1, 2 and 3"),
         ((f"{MINIATURE}:rl_long", "--max-tokens-per-gpu", "175"), "may have 176 tokens"),
         (("recipes/rl_zero.py:llama32_3b_long", "--max-response-tokens", "5000"), "4096 after step 100 is below 5000"),
         ((f"{MINIATURE}:rl_long", f"{MINIATURE}:rl_short", "--seed", "3"), "options for 2 recipes at once"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_octo.errors import OctoError
+from megatron_octo.errors import BadInput, OctoError
 from megatron_octo.rl.cluster import (
     MARKER,
     Cluster,
@@ -103,6 +103,14 @@ def test_an_engine_whose_ray_fails_is_not_started_and_says_why(end: str) -> None
     with (
         engine(f"print('INFO all is well')\nprint('GcsError: out of memory')\n{end}") as cluster,
         pytest.raises(NotStarted, match=rf"(?s){said}\n    GcsError: out of memory"),
+    ):
+        cluster.wait_ready()
+
+
+def test_a_cluster_that_an_engine_refuses_is_bad_input() -> None:
+    with (
+        engine("status({'what': 'it has GPUs', 'fix': 'go there'})\nsys.stdin.readline()") as cluster,
+        pytest.raises(BadInput, match="it has GPUs\n  fix: go there"),
     ):
         cluster.wait_ready()
 

@@ -62,6 +62,34 @@ def test_another_version_is_refused(
         check_versions()
 
 
+@pytest.mark.parametrize(
+    ("flash_attn", "said"),
+    [
+        ("", None),
+        ("raise ImportError('undefined symbol: _ZN3c105Error')", r"ImportError: undefined symbol: _ZN3c105Error"),
+        ("import os; os._exit(9)", "code 9"),
+    ],
+)
+def test_a_gpu_wants_a_flash_attention_that_loads(
+    flash_attn: str, said: str | None, config: RLConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, text in (
+        ("__init__", flash_attn),
+        ("bert_padding", ""),
+        ("utils/__init__", ""),
+        ("utils/distributed", ""),
+    ):
+        path = tmp_path / f"path/flash_attn/{module}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setattr(preflight, "check_versions", lambda: None)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: 1)
+    with pytest.raises(BadInput, match=rf"flash-attn cannot be imported.*{said}") if said else contextlib.nullcontext():
+        check_machine(config, cuda=True)
+    check_machine(config, cuda=False)
+
+
 def test_the_versions_are_those_of_the_extras() -> None:
     extras = (Path(preflight.__file__).parents[2] / "setup.py").read_text()
     assert all(f"{package}=={version}" in extras for package, version in VERSIONS.items())

@@ -155,6 +155,7 @@ def test_a_kill_while_a_copy_is_made_or_deleted_leaves_none_that_is_torn(
             except KeyboardInterrupt:
                 died = True
         assert saves.resume(config.output) == 3
+        assert not list(config.output.rglob(".*.trash")), deadly
         for step in saves.checkpoints(config.output):
             assert len(list((config.output / f"openrlhf/_actor/global_step{step}").iterdir())) == 2, (deadly, step)
         for step in saves.copies(config.output):
@@ -168,6 +169,21 @@ def test_a_kill_while_a_copy_is_made_or_deleted_leaves_none_that_is_torn(
             assert count() < deadly and deadly > 10
             return
     raise AssertionError("the operations never came to an end")
+
+
+def test_openrlhf_meets_no_checkpoint_that_is_being_deleted(config: RLConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, seen, rmtree = config.output / "openrlhf/_actor", [], shutil.rmtree
+
+    def removed(folder: Path) -> None:
+        seen.append(folder.name)
+        assert sorted(path.name for path in actor.iterdir()) == ["global_step2", "global_step3", "latest"]
+        rmtree(folder)
+
+    for step in (1, 2, 3):
+        openrlhf_saves(config, step, copy=False)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    saves.rotate(config, [])
+    assert seen == [".global_step1.trash"]
 
 
 def die_at(patch: pytest.MonkeyPatch, deadly: int) -> Callable[[], int]:
