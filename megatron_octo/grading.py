@@ -15,7 +15,7 @@ from megatron_octo import symbolic
 MAX_CHARACTERS = 2_000
 """A longer answer equals only itself."""
 MAX_SYMBOLIC_CHARACTERS = 256
-_PIECES = re.compile(r"\\boxed\s*\{|\\fbox\s*\{|\\.|[{}]", re.DOTALL)
+_PIECES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # some escape the backslash
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,64}\.?|[0-9]{0,64}\.[0-9]{1,64})(?:e[+-]?[0-9]{1,2})?")
 _FRACTION = re.compile(r"([+-]?)\\frac\{([+-]?[0-9]{1,64})\}\{([+-]?[0-9]{1,64})\}|([+-]?[0-9]{1,64})/([0-9]{1,64})")
