@@ -15,7 +15,7 @@ from megatron_octo import symbolic
 MAX_CHARACTERS = 2_000
 """A longer answer equals only itself."""
 MAX_SYMBOLIC_CHARACTERS = 256
-_PIECES = re.compile(r"\\boxed\s*\{|\\fbox\s*\{|\\.|[{}]", re.DOTALL)
+_PIECES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # some escape the backslash
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,64}\.?|[0-9]{0,64}\.[0-9]{1,64})(?:e[+-]?[0-9]{1,2})?")
 _FRACTION = re.compile(r"([+-]?)\\frac\{([+-]?[0-9]{1,64})\}\{([+-]?[0-9]{1,64})\}|([+-]?[0-9]{1,64})/([0-9]{1,64})")
@@ -31,7 +31,9 @@ _RUNAWAY = re.compile(
 _TOWER = re.compile(r"(?:\^|\*\*)[{(\s]*([0-9]{1,3})[})\s]*(?:\^|\*\*)[{(\s]*([0-9]{1,3})(?![0-9])")
 # Of what has no value the symbolic engine makes one: a product of a word's letters, the truth of a relation of numbers.
 _VALUELESS = re.compile(
-    r"[a-z]{3,}|(?!.*(?:and|or))[0-9a-z]*[a-z][0-9][0-9a-z]*"  # a word; a label, such as A2
+    r"[a-z]{3,}|no|on|[iv]{2}|\([ivx]{2,}\)"  # a word; (iv)
+    r"|(?!.*(?:and|or))[0-9a-z]*[a-z][0-9][0-9a-z]*"  # a label, such as A2
+    r"|.*[0-9)}]\(?(?:(?:or|and|but|at)[a-z]{3,}|not).*|[0-9]+[a-z]{3,}(?:and|or)[0-9].*"  # 5 or more; 5 red and 3 blue
     r"|[^a-z\\<>]*(?:(?:[<>]|\\(?:[lg](?:eq?|t)|neq?)(?![a-z]))[^a-z\\<>]*)+"
 )
 # To math-verify "million" is a unit like any other, and the case of a letter nothing: it gets what both stand for.
@@ -40,17 +42,27 @@ _SCALE = re.compile(
     rf"(?<=[0-9}}.)])(?:\\[ ,;:!]|~|\s)*(\\(?:text|mathrm|mbox)\s*\{{)?\s*({'|'.join(_SCALES)})s?(?![a-z])",
     re.IGNORECASE,
 )
+# The letter of 5m is a unit only where the other answer has that unit, too. Otherwise it is a factor in both.
+_LETTER = re.compile(r"(?<=[0-9}])([mghs])(?=[\s.,;$)*\\]*$)", re.IGNORECASE)
+_SWAPPED = re.compile(
+    r"(?:\\left\s*)?\(\s*y\s*,\s*x\s*(?:\\right\s*)?\)\s*=\s*(?:\\left\s*)?\(([^(),]*),([^(),]*?)(?:\\right\s*)?\)",
+    re.IGNORECASE,
+)
 _CAPITAL = re.compile(r"(\\(?:Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega))(?![A-Za-z]|\s*_)")
-# What an answer says it is the value of. That a function is called f or y means nothing.
-_NAME = re.compile(r"^(?:([a-z](?:_[0-9a-z])?)|[a-z](?:_[0-9a-z])?\([a-z]\))=(?=[^=])(?!.*,.*=)|(?<=[^=])=([a-z])$")
+# What an answer says it is the value of: x, f(3). That a function is called f or y means nothing.
+_NAME = re.compile(
+    r"^(?:([a-z](?:_[0-9a-z])?(?:\([-+.0-9]+\))?)|[a-z](?:_[0-9a-z])?\([a-z]\))=(?=[^=])(?!.*,.*=)|(?<=[^=])=([a-z])$"
+)
 _LIST_MARK = re.compile(r"floor|([(\[{])|([)\]}])|([,;]|and|or)")
 _SET = re.compile(r"\\\{[^|:<>]*,[^|:<>]*\\\}")  # by what is in it, not by what is true of that
 _TUPLE = re.compile(r"\([^()]*,[^()]*\)")  # or an open interval
 
 _WORDS = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|boldsymbol|mbox|operatorname|underline)\s*\{([^{}]*)\}"
+_COUNTED = rf"(?!\\[a-z]+\s*\{{(?:\W*(?:or|and|not|but|at (?:least|most))\b|\s*[0-9])){_WORDS}"
 _DEGREE = r"(?:\u00b0|\\degree(?![a-z])|\^\s*\{?\s*\\circ\s*\}?)"
 _POWER = r"(?:\^\{?([23])\}?)?"
-# How a unit is compared: its names. Others are dropped where they follow a number as text.
+_GAP = r"(?:\\[ ,;:]|~|\s)+"
+# How a unit is compared: its names. Others, where they follow as text, only with each other.
 _UNITS = {
     name: re.compile(names)
     for name, names in {
@@ -88,7 +100,7 @@ _UNITS = {
 }
 _SHAPES = {"square": "2", "sq": "2", "sq.": "2", "cubic": "3"}
 _UNIT = re.compile(r"(square|sq\.?|cubic)?(.*?)([23])?")
-_BASE = re.compile(r"([0-9a-f]+)_\{?([0-9]+)\}?")
+_BASE = re.compile(r"(?=[a-f]*[0-9])([0-9a-f]+)_\{?([2-9]|[1-9][0-9])\}?")  # a_1 is a variable
 _UNIT_START = r"(?<=[0-9}.)])(?=\\?%|[a-z.]{2}|(?<![.)])[mghs]$)"  # one letter as in 5 m, never (x+1)m
 _BARE_UNIT = "|".join(names.pattern for names in _UNITS.values())
 _REWRITES = [  # of lower-case text, in this order; none changes what an answer means. A unit's mark is #
@@ -100,23 +112,26 @@ _REWRITES = [  # of lower-case text, in this order; none changes what an answer 
         ("\u221e|(?<!\\\\)infinity", r"\\infty "),
         ("\u00bd", r"\\frac{1}{2}"),
         (r"\u221a(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),
-        (r"^([+-]?[0-9]+)\s+([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),
+        (rf"(?<![0-9])([0-9]+){_GAP}([0-9]{{1,2}})/([0-9]+)", r"\1\\frac{\2}{\3}"),
         (rf"(\\(?:sin|cos|tan|cot|sec|csc))[\s({{]*([0-9.]+)\s*{_DEGREE}\s*[)}}]?", r"\1(\2\\pi/180)"),
         (_DEGREE + r"\s*(?:\\(?:text|mathrm)\{\s*)?([cf]?)\W*$", r"#degree\1"),
         (r"\\[()\[\]]|\\?\$|[\u20ac\u00a3]", ""),
         (r"\\[dtc]frac(?![a-z])", r"\\frac"),
-        (r"\\(?:left|right|bigg?[lr]?|displaystyle|approx|q?quad)(?![a-z])|\\color\s*\{[^{}]*\}", ""),
+        (r"\\q?quad(?![a-z])", " "),
+        (r"\\(?:left|right|bigg?[lr]?|displaystyle|approx)(?![a-z])|\\color\s*\{[^{}]*\}", ""),
         (r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset"),
-        (rf"(?<=[^\s(])(?:\\[ ,;:!]|~|\s)*{_WORDS}{_POWER}\s*[.,;]*$", r"#\1\2"),
+        (rf"(?<=[^\s(=,;+-])(?:\\[ ,;:!]|~|\s)*{_COUNTED}{_POWER}\s*[.,;]*$", r"#\1\2"),
         (_WORDS, r"\1"),
-        (r"^\(?([a-z])\)$|^\(?([a-e])\)(?:\\ |~|\s).*$", r"\1\2"),  # a choice
-        (r"(?<!\\)\\[ ,;:!]|~|\s+", ""),
+        (r"^\(?([a-z])\)$|^\(?([a-e])\)(?:\\ |~|\s)(?!.*[\s,;/~]\(?[a-e]\)).*$", r"\1\2"),  # one choice
+        (r"\\frac\s*([0-9])\s*([0-9])(?![0-9])", r"\\frac{\1}{\2}"),
+        (rf"(?<=[0-9])(?<![0-9]{{4}}){_GAP}(?=[0-9]{{3}}(?![0-9]))", ""),  # thousands
+        (rf"(?<=[0-9]){_GAP}(?=[0-9])", " "),  # any others are two numbers
+        (r"(?<!\\)\\[ ,;:!]|~|(?<![0-9])\s+|\s+(?![0-9])", ""),
         (r"\{([,:])\}", r"\1"),
         (r"([ap])\.m(?![a-z])\.?", r"\1m"),
         (r"[.,;\\]+$", ""),
         (rf"{_UNIT_START}((?:sq\.?|square|cubic)?(?:{_BARE_UNIT})){_POWER}$", r"#\1\2"),
         (r"^\{([^{}]*)\}$", r"\1"),
-        (r"\\frac([0-9])([0-9])(?![0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac(\{[^{}]*\})([0-9])", r"\\frac\1{\2}"),
         (r"\\frac([0-9])\{", r"\\frac{\1}{"),
         (r"\\sqrt([0-9a-z])(?![0-9])", r"\\sqrt{\1}"),
@@ -183,9 +198,12 @@ def answers_equal(answer: str, reference: str) -> bool:
         return answer.strip() == reference.strip()
     answer, reference = _spelled_out(answer), _spelled_out(reference)
     a, b = measure(answer), measure(reference)
+    if a.unit != b.unit:
+        answer, reference = (_LETTER.sub(r"*\1", each) for each in (answer, reference))
+        a, b = measure(answer), measure(reference)
     if not a.text or not b.text or a.disagrees(b):
         return False
-    if a.text == b.text:
+    if a.text == b.text or a.text + a.words == b.text + b.words:  # 9 values, 9\text{ values}
         return True
     x, y = number(a.text), number(b.text)
     if x is not None and y is not None:
@@ -210,9 +228,11 @@ class Measure:
     """An answer without what does not change its meaning."""
 
     text: str
-    """Lower case, without spaces, dollars, `x =`, in one spelling of LaTeX."""
+    """Lower case, without dollars, `x =` and spaces but between two numbers, in one spelling of LaTeX."""
     unit: str | None
     """What it counts: "cm2", "_2" for the base; None where it does not say, or in words that are not known."""
+    words: str = ""
+    """Those words, such as `boys`."""
     name: str | None = None
     """The x of `x = 3`. Two capitals, such as IV or AB, are a label and not a product: they name themselves."""
 
@@ -224,7 +244,13 @@ class Measure:
     @property
     def is_valueless(self) -> bool:
         """Whether it is a word, a label, the digits of a base or a statement about numbers: equal as text or not."""
-        return bool(_VALUELESS.fullmatch(self.text)) or (self.unit or "").startswith("_")
+        return bool(_VALUELESS.fullmatch(self.text)) or (self.unit or "").startswith("_") or self.is_untrue
+
+    @property
+    def is_untrue(self) -> bool:
+        """Whether it equates numbers, such as `3=4`, that are not the same but for rounding: not 1/3=0.33."""
+        sides = [side for text in self.text.split("=") if (side := number(text)) is not None]
+        return len(sides) == self.text.count("=") + 1 and 100 * (max(sides) - min(sides)) > max(map(abs, sides))
 
     @property
     def items(self) -> list[str]:
@@ -249,6 +275,9 @@ class Measure:
             less, more = sorted((self.unit, other.unit))
             if less != more and not more.startswith(f"{less} "):  # of any scale: degree, not degree C
                 return True
+        less, more = sorted((self.words, other.words), key=len)
+        if less and less[0] != more[0] and less not in more:  # oz, ounces; ways, different ways
+            return True
         if self.name and other.name and self.name != other.name:
             return not (self.name in _letters(other.text) or other.name in _letters(self.text))  # y=x+1 and x=y-1
         return any(_SET.fullmatch(a.text) and _TUPLE.fullmatch(b.text) for a, b in ((self, other), (other, self)))
@@ -272,14 +301,22 @@ def measure(answer: str) -> Measure:
     name = _NAME.search(text)
     text = _NAME.sub("", text)
     text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
-    if base := _BASE.fullmatch(text):
+    if (base := _BASE.fullmatch(text)) and all(int(digit, 16) < int(base[2]) for digit in base[1]):
         return Measure(base[1], f"_{base[2]}")
     is_label = len(text) == 2 and text.isalpha() and text.upper() in answer
-    return Measure(text, _unit(words.replace("#", "")), text if is_label else name and (name[1] or name[2]))
+    words = words.replace("#", "")
+    unit = _unit(words)
+    return Measure(
+        text,
+        "dollar" if unit is None and answer.count("$") % 2 else unit,  # two are LaTeX's
+        words if unit is None else "",
+        text if is_label else name and (name[1] or name[2]),
+    )
 
 
 def _spelled_out(answer: str) -> str:
     answer = _SCALE.sub(lambda scale: f"\\cdot{_SCALES[scale[2].lower()]}{scale[1] or ' '}", answer)
+    answer = _SWAPPED.sub(r"(x,y)=(\2,\1)", answer)
     return _CAPITAL.sub(r"\1_{capital}", answer)
 
 

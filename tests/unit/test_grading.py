@@ -31,6 +31,8 @@ ENDLESS = "(7^{99})!"
         ("\\boxed {5}", "5"),
         ("\\boxed{\\boxed{5}}", "\\boxed{5}"),
         ("\\fbox{5}", "5"),
+        ("\\\\boxed{5}", "5"),
+        ("\\\\\\boxed{5}", "5"),
         ("{\\boxed{5}}}}}", "5"),
         ("\\boxed{5} and then \\boxed{6", "5"),
         ("\\boxed{5", None),
