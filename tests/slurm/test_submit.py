@@ -140,7 +140,10 @@ def test_a_job_submitted_inside_of_another_takes_nothing_of_it_for_its_own(slurm
 
 def test_jobs_without_gpus_have_options_of_their_own(slurm, stubbed):
     set_in_site(stubbed, "OCTO_CPU_SBATCH=(--partition=urgent)")
-    for words, partition in (("convert.sh to-hf runs/x", "urgent"), ("evaluate.sh recipes/miniature.py --when before", "main")):
+    for words, partition in (
+        ("convert.sh to-hf runs/x", "urgent"),
+        ("evaluate.sh recipes/miniature.py --when before", "main"),
+    ):
         script, *args = words.split()
         done = submit_checked(stubbed, "--hold", f"slurm/{script}", *args, **slurm.environment)
         (job,) = re.findall(r"Submitted batch job (\d+)", done.stdout)
