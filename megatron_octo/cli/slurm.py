@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     node = commands.add_parser("node", help="a node's part in RL on several: the first runs `octo rl`, the others join")
     node.add_argument("--gpus", type=int, required=True, help="GPUs that it brings")
     node.add_argument("--token", type=Path, required=True, help="file for Ray's token, which the first one writes")
+    node.add_argument("--peer", default="", help="another node, by the way to which the first finds its address")
     node.add_argument("words", nargs=argparse.REMAINDER, metavar="-- rl ARGUMENTS")
     node.set_defaults(run=_node)
     own = options.parse_args(argv)
@@ -170,10 +171,9 @@ def _preflight(own: argparse.Namespace) -> None:
 def _node(own: argparse.Namespace) -> None:
     from megatron_octo.rl.node import Meeting, follow, lead
 
-    token = own.token.absolute()
-    _, *others = token.with_name("hosts").read_text().split()
-    host = _address(os.environ["MASTER_ADDR"], others)
-    meeting = Meeting(host=host, port=int(os.environ["MASTER_PORT"]), token=token, num_gpus=own.gpus)
+    host = _address(os.environ["MASTER_ADDR"], own.peer)
+    port, token = int(os.environ["MASTER_PORT"]), own.token.absolute()
+    meeting = Meeting(host=host, port=port, token=token, num_gpus=own.gpus)
     with terminate_as_interrupt():
         if os.environ["SLURM_PROCID"] != "0":
             follow(meeting)
@@ -181,11 +181,11 @@ def _node(own: argparse.Namespace) -> None:
             sys.exit(code)
 
 
-def _address(name: str, others: Sequence[str]) -> str:
-    """Of a node, as others reach it: to itself it may be 127.0.1.1, by Debian's /etc/hosts."""
+def _address(name: str, peer: str) -> str:
+    """Of a node, as its `peer` reaches it: to itself it may be 127.0.1.1, by Debian's /etc/hosts."""
     address = socket.gethostbyname(name)
-    if not address.startswith("127.") or not others:
+    if not address.startswith("127.") or not peer:
         return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
-        route.connect((others[0], 9))  # sends nothing
+        route.connect((peer, 9))  # sends nothing
         return str(route.getsockname()[0])

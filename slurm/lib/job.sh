@@ -184,7 +184,7 @@ run_ranks() {
     export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
     if [[ ${ARGV[0]} == rl ]] && ((${#HOSTS[@]} > 1)); then # one Ray of all nodes
         tasks=(--ntasks="${#HOSTS[@]}" --ntasks-per-node=1 "${UNBOUND[@]}")
-        part=(slurm node --gpus "$GPUS" --token "$LOGS/ray_token" --)
+        part=(slurm node --gpus "$GPUS" --token "$LOGS/ray_token" --peer "${HOSTS[1]}" --)
         trap 'rm -f "$LOGS/ray_token"' EXIT
     elif [[ ${ARGV[0]} == train ]]; then
         PASSED_ON=USR1 # of TERM srun would make an end in 30 s

@@ -12,7 +12,7 @@ from megatron_octo.config.base import to_dict
 from tests.conftest import REPOSITORY
 from tests.prepared import stage, write_data
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import output, submit, tasks
+from tests.slurm.jobs import output, set_in_site, submit, tasks
 
 SCRIPTS = REPOSITORY / "slurm"
 SECRET = "do-not-print-me"
@@ -55,6 +55,22 @@ def test_training_starts_unchanged_with_a_rank_a_gpu(slurm: Cluster, stubbed: Pa
     assert (records / "state").read_text().startswith("done ")
     for path in (*records.iterdir(), *(stubbed / "slurm" / "logs").iterdir()):
         assert SECRET not in path.read_text(), path
+
+
+def test_the_code_of_a_job_is_on_record_and_what_a_container_needs_goes_before_each_command(slurm, stubbed):
+    git = ("git", "-C", stubbed, "-c", "user.name=x", "-c", "user.email=x@x")
+    for words in (["init", "--quiet"], ["add", "slurm"], ["commit", "--quiet", "--message=first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    with (stubbed / "slurm" / "stable_200b.sh").open("a") as script:
+        script.write("# changed by hand\n")
+    set_in_site(stubbed, "OCTO_EXEC=(env MASTER_PORT=7)")
+    job = submit(slurm, stubbed, "--nodes=1", "slurm/stable_200b.sh")
+    assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
+    records = stubbed / "runs" / "slurm" / f"{job}.0"
+    assert (records / "code.txt").read_text().startswith(head)
+    assert "+# changed by hand" in (records / "code.diff").read_text()
+    assert {port for _, _, _, _, _, _, port, *_ in tasks(stubbed, f"{job}.0")} == {"7"}
 
 
 def test_training_on_64_nodes_starts_unchanged(wide_slurm: Cluster, stubbed: Path):

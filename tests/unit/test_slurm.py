@@ -316,6 +316,6 @@ def test_a_disk_and_a_command_of_the_site_are_checked(tmp_path: Path):
 
 def test_the_first_node_of_rl_is_met_where_others_reach_it(monkeypatch):
     monkeypatch.setattr(command.socket, "gethostbyname", {"alone": "127.0.1.1", "far": "10.1.2.3"}.get)
-    assert command._address("far", ["127.0.0.1"]) == "10.1.2.3"
-    assert command._address("alone", []) == "127.0.1.1"
-    assert command._address("alone", ["127.0.0.1"]) == "127.0.0.1"
+    assert command._address("far", "127.0.0.1") == "10.1.2.3"
+    assert command._address("alone", "") == "127.0.1.1"
+    assert command._address("alone", "127.0.0.1") == "127.0.0.1"
