@@ -59,7 +59,7 @@ _TUPLE = re.compile(r"\([^()]*,[^()]*\)")  # or an open interval
 
 _WORDS = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|boldsymbol|mbox|operatorname|underline)\s*\{([^{}]*)\}"
 _COUNTED = rf"(?!\\[a-z]+\s*\{{(?:\W*(?:or|and|not|but|at (?:least|most))\b|\s*[0-9])){_WORDS}"
-_DEGREE = r"(?:\u00b0|\\degree(?![a-z])|\^\s*\{?\s*\\circ\s*\}?)"
+_DEGREE = r"(?:\u00b0|\\degree(?![a-z])|\^\s*\{?\s*\\circ\s*+\}?)"
 _POWER = r"(?:\^\{?([23])\}?)?"
 _GAP = r"(?:\\[ ,;:]|~|\s)+"
 # How a unit is compared: its names. Others, where they follow as text, only with each other.
@@ -112,9 +112,12 @@ _REWRITES = [  # of lower-case text, in this order; none changes what an answer 
         ("\u221e|(?<!\\\\)infinity", r"\\infty "),
         ("\u00bd", r"\\frac{1}{2}"),
         (r"\u221a(?:\(([^()]*)\)|([0-9]+|[a-z]))", r"\\sqrt{\1\2}"),
-        (rf"(?<![0-9])([0-9]+){_GAP}([0-9]{{1,2}})/([0-9]+)", r"\1\\frac{\2}{\3}"),
+        (
+            rf"(?<![0-9])([0-9]+){_GAP}(?:([0-9]{{1,2}})/([0-9]+)|([0-9]{{3}})/([0-9]{{3,}}))",
+            r"\1\\frac{\2\4}{\3\5}",
+        ),
         (rf"(\\(?:sin|cos|tan|cot|sec|csc))[\s({{]*([0-9.]+)\s*{_DEGREE}\s*[)}}]?", r"\1(\2\\pi/180)"),
-        (_DEGREE + r"\s*(?:\\(?:text|mathrm)\{\s*)?([cf]?)\W*$", r"#degree\1"),
+        (_DEGREE + r"\s*+(?:\\(?:text|mathrm)\{\s*)?([cf]?)\W*$", r"#degree\1"),
         (r"\\[()\[\]]|\\?\$|[\u20ac\u00a3]", ""),
         (r"\\[dtc]frac(?![a-z])", r"\\frac"),
         (r"\\q?quad(?![a-z])", " "),
@@ -122,6 +125,7 @@ _REWRITES = [  # of lower-case text, in this order; none changes what an answer 
         (r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset"),
         (rf"(?<=[^\s(=,;+-])(?:\\[ ,;:!]|~|\s)*{_COUNTED}{_POWER}\s*[.,;]*$", r"#\1\2"),
         (_WORDS, r"\1"),
+        (r"^\(([iv]{2}|[ivx]{3,})\)$", r"\1"),
         (r"^\(?([a-z])\)$|^\(?([a-e])\)(?:\\ |~|\s)(?!.*[\s,;/~]\(?[a-e]\)).*$", r"\1\2"),  # one choice
         (r"\\frac\s*([0-9])\s*([0-9])(?![0-9])", r"\\frac{\1}{\2}"),
         (rf"(?<=[0-9])(?<![0-9]{{4}}){_GAP}(?=[0-9]{{3}}(?![0-9]))", ""),  # thousands
@@ -248,7 +252,9 @@ class Measure:
 
     @property
     def is_untrue(self) -> bool:
-        """Whether it equates numbers, such as `3=4`, that are not the same but for rounding: not 1/3=0.33."""
+        """Whether it equates numbers, such as `3=4`, that are not the same but for rounding: not 1/3=0.33 or 1/4=25%."""
+        if self.unit is not None:  # of the last alone, it may be
+            return False
         sides = [side for text in self.text.split("=") if (side := number(text)) is not None]
         return len(sides) == self.text.count("=") + 1 and 100 * (max(sides) - min(sides)) > max(map(abs, sides))
 

@@ -42,7 +42,7 @@ while IFS=$'\t' read -r name after asked comment script args; do
     IFS=' ' read -ra own <<<"$asked"
     [[ $asked == - ]] || words+=("${own[@]}")
     IFS=$'\t' read -ra arguments <<<"$args"
-    id[$name]=$(sbatch_afresh "${words[@]}" "slurm/$script.sh" "${arguments[@]}")
-    id[$name]=${id[$name]%%;*} # without the cluster's name
+    job=$(sbatch_afresh "${words[@]}" "slurm/$script.sh" "${arguments[@]}")
+    id[$name]=${job%%;*} # without the cluster's name
     echo "job ${id[$name]}  $name${ids:+  after ${ids#:}}"
 done <<<"$tree"

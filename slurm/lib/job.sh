@@ -92,7 +92,7 @@ give_way() { # to a signal that came before the ranks had started
 }
 
 keep_records() {
-    if [[ ${SLURM_ARRAY_JOB_ID-} ]]; then
+    if [[ ${SLURM_ARRAY_JOB_ID-} && $(field ArrayJobId 1) ]]; then # not that of a job in which this one was submitted
         echo "an array's tasks would all be the same run
   fix: submit without --array; a job queues itself again until its run is done" >&2
         exit "$BAD_INPUT"
@@ -132,7 +132,7 @@ make_plan() { # NAME [ARGUMENTS]
 check_nodes() {
     local bad before said unreached none
     before=$(date +%s)
-    "${SRUN[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 --kill-on-bad-exit=0 --time=20 \
+    "${SRUN[@]}" --ntasks="${#HOSTS[@]}" --ntasks-per-node=1 "${UNBOUND[@]}" --kill-on-bad-exit=0 --time=20 \
         --output="$LOGS/preflight.txt" "${OCTO[@]}" slurm preflight --gpus "$GPUS" \
         --command "$OCTO_PREFLIGHT" 2>"$LOGS/preflight_srun.txt"
     cat "$LOGS/preflight_srun.txt" >&2
@@ -178,10 +178,11 @@ judge_clocks() { # BEFORE AFTER: each node said its time, which is between this 
 }
 
 run_ranks() {
-    local tasks=(--nodes=1 --ntasks=1 "${UNBOUND[@]}") part=()
+    local tasks=(--nodes=1 --ntasks=1 "${UNBOUND[@]}") part=() end
     MASTER_ADDR=${HOSTS[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12768)) # below those that Linux gives out
-    SLURM_JOB_END_TIME=$(date -d "$(field EndTime 1)" +%s 2>/dev/null) # newer Slurms set it; empty without a time limit
-    export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
+    export MASTER_ADDR MASTER_PORT
+    end=$(field EndTime 1) # newer Slurms set it themselves; there may be none
+    [[ $end ]] && end=$(date -d "$end" +%s 2>/dev/null) && export SLURM_JOB_END_TIME=$end
     if [[ ${ARGV[0]} == rl ]] && ((${#HOSTS[@]} > 1)); then # one Ray of all nodes
         tasks=(--ntasks="${#HOSTS[@]}" --ntasks-per-node=1 "${UNBOUND[@]}")
         part=(slurm node --gpus "$GPUS" --token "$LOGS/ray_token" --peer "${HOSTS[1]}" --)
@@ -274,7 +275,10 @@ requeue() { # REASON [NODES]: start again, without these nodes
 }
 
 sbatch_alike() { # NODES_LEFT_OUT [OPTIONS]: sbatch of the same job once more
-    OCTO_CHAIN=$CHAIN sbatch_afresh "${@:2}" \
+    local own
+    mapfile -t own < <(cpu_options "$0")
+    [[ $(field Requeue) == 0 ]] && own+=(--no-requeue)
+    OCTO_CHAIN=$CHAIN sbatch_afresh "${own[@]}" "${@:2}" \
         --job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" \
         --time="$(field TimeLimit)" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
         ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} \

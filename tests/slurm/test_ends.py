@@ -144,7 +144,9 @@ def test_a_job_that_its_time_limit_always_ends_before_a_save_fails_and_says_what
 def test_a_job_that_slurm_will_not_requeue_goes_on_as_another_without_being_told(slurm, stubbed):
     job = submit(slurm, stubbed, "--no-requeue", "--nodes=1", "slurm/stable_200b.sh", STUB_EXIT="1")
     assert slurm.wait_end(job) == "COMPLETED", output(stubbed, job)
-    slurm("scancel", successor(stubbed, job))
+    again = successor(stubbed, job)
+    assert slurm.field(again, "Requeue") == "0"
+    slurm("scancel", again)
 
 
 def test_a_job_that_cannot_be_requeued_fails_and_says_what_to_set(slurm, stubbed):

@@ -77,6 +77,7 @@ def test_there_are_many_hard_cases() -> None:
         "\\boxed{1e400}",
         "\\boxed{{{}}}",
         "\\boxed{" + ",;" * 900 + "x}",
+        "\\boxed{5^\\circ" + " " * 1_900 + "a}",
         "\\boxed{" + "\\frac{" * 300 + "1" + "}" * 300 + "}",
         "\\boxed{" + "\\sqrt{" * 60 + "1" + "}" * 60 + "}",
         "\\boxed{\\binom{99999999}{4999999}}",
