@@ -252,7 +252,7 @@ class Measure:
 
     @property
     def is_untrue(self) -> bool:
-        """Whether it equates numbers, such as `3=4`, that are not the same but for rounding: not 1/3=0.33 or 1/4=25%."""
+        """Whether it equates numbers, as `3=4`, that are not the same but for rounding: not 1/3=0.33 or 1/4=25%."""
         if self.unit is not None:  # of the last alone, it may be
             return False
         sides = [side for text in self.text.split("=") if (side := number(text)) is not None]
