@@ -130,7 +130,7 @@ def submit(slurm: Cluster, checkout: Path, recipe: Path) -> str:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("num_events", [3, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_events", [2, pytest.param(24, marks=pytest.mark.slow)])
 def test_a_training_that_is_stopped_in_every_way_ends_as_an_unbroken_one(
     slurm: Cluster, checkout: Path, recipe: Callable[[str, int, int], Path], num_events: int
 ):
