@@ -62,8 +62,10 @@ asked() { # SIGNAL
     scancel --signal="$PASSED_ON" "$SLURM_JOB_ID" 2>/dev/null || { [[ $STEP ]] && kill -s "$PASSED_ON" "$STEP"; }
 }
 
-is_current() { # [ASKS]: false for a script that outlived its start, on a node that Slurm had lost, say: it must touch
-    local restarts # no other. Where Slurm does not answer there can be no other either.
+# False for a script that outlived its start, on a node that Slurm had lost, say: it must touch no other. Where Slurm does
+# not answer there can be no other either.
+is_current() { # [ASKS]
+    local restarts
     restarts=$(field Restarts "$@")
     [[ ${restarts:-$RESTART} == "$RESTART" ]]
 }

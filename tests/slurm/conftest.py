@@ -12,9 +12,9 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.slurm.cluster import GPUS, Cluster, cluster, missing
-from tests.slurm.jobs import set_in_site
+from tests.slurm.jobs import set_in_site, shim
 
-NVIDIA_SMI = f"""#!/bin/bash
+NVIDIA_SMI = f"""\
 # Stands for the driver's: one row a GPU; on a node with a file of its name here, the first one has errors.
 for ((i = 0; i < {GPUS}; i++)); do
     echo "$i, 4, $([[ $i == 0 && -e $(dirname "$0")/$SLURMD_NODENAME ]] && echo 3 || echo 0)"
@@ -58,8 +58,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("megatron_octo", "recipes"):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / "bin").mkdir()
-    (folder / "bin" / "nvidia-smi").write_text(NVIDIA_SMI)
-    (folder / "bin" / "nvidia-smi").chmod(0o755)
+    shim(folder, "nvidia-smi", NVIDIA_SMI)
     (folder / "slurm" / "site.sh").write_text(
         f"OCTO_PYTHON={sys.executable}\n"
         f"export OCTO_RUNS=${{OCTO_RUNS:-{folder}/runs}} PATH={folder}/bin:$PATH\n"
@@ -71,8 +70,6 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def stubbed(checkout: Path) -> Path:
     """The checkout with tasks that only say where they are."""
-    stub = checkout / "bin" / "stub"
-    stub.write_text(f'#!/bin/bash\nexec {sys.executable} -S {REPOSITORY}/tests/slurm/stub.py "$@"\n')
-    stub.chmod(0o755)
-    set_in_site(checkout, f"OCTO_PYTHON={stub}\nexport PYTHONPATH={REPOSITORY}")
+    shim(checkout, "stub", f'exec {sys.executable} -S {REPOSITORY}/tests/slurm/stub.py "$@"')
+    set_in_site(checkout, f"OCTO_PYTHON={checkout}/bin/stub\nexport PYTHONPATH={REPOSITORY}")
     return checkout
